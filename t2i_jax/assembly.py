@@ -1,0 +1,243 @@
+"""A config's parts, built: what the commands share before they part ways."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from ml_collections import ConfigDict
+
+from t2i_jax import config as configs
+from t2i_jax import data, systems
+from t2i_jax.data.base import Source
+from t2i_jax.errors import UserError
+from t2i_jax.parallel.distributed import broadcast_bytes, is_primary
+from t2i_jax.systems.base import Field, System
+from t2i_jax.systems.conditioning import GROUP
+from t2i_jax.text.tokenizer import Tokenizer, train_tokenizer
+
+# Keys that a run may change when it is resumed; all others make it another run.
+FREE_SECTIONS = ("mesh", "sharding", "checkpoint", "log", "sample", "evaluate")
+FREE_KEYS = (
+  "train.duration", "data.workers", "data.memory_limit_mb", "data.prefetch", "resume", "init_from"
+)
+
+
+def compute_dtype(config: ConfigDict) -> Any:
+  """The type of matmuls and convolutions that `config.precision.compute` asks for."""
+  name = config.precision.compute
+  if name == "auto":
+    name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+  choices = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+  return configs.choose("precision.compute", name, choices)
+
+
+def build_system(config: ConfigDict, components: Mapping[str, System] | None = None) -> System:
+  """The system of a config, computing in the config's precision."""
+  return systems.build(config, components, compute_dtype(config))
+
+
+def load_components(config: ConfigDict) -> tuple[dict[str, System], dict[str, Any]]:
+  """The systems of `config.components` and their variables, nested by component.
+
+  Frozen parameters take the type of `precision.frozen`.
+  """
+  from t2i_jax import export
+
+  built: dict[str, System] = {}
+  frozen: dict[str, dict[str, Any]] = {}
+  dtype = configs.choose(
+    "precision.frozen", config.precision.frozen,
+    {"float32": jnp.float32, "bfloat16": jnp.bfloat16},
+  )
+  for name, path in config.components.items():
+    exported = export.read(path)
+    built[name] = build_system(exported.config)
+    for kind, groups in exported.variables.items():
+      if kind == "params":
+        groups = jax.tree.map(lambda x: x.astype(dtype), groups)
+      frozen.setdefault(kind, {})[name] = groups
+  return built, frozen
+
+
+def open_data(config: ConfigDict, split: str, resolution: int, log_dir: str | None = None,
+              progress=None) -> Source:
+  """A split of the config's data set, decoded into memory where it fits."""
+  from t2i_jax.data.memory import in_memory
+
+  source = data.open_source(
+    config.data.name, split, resolution, config.seed, config.data.options.to_dict(),
+    log_dir if is_primary() else None,
+  )
+  return in_memory(source, progress, memory_limit=config.data.memory_limit_mb << 20)
+
+
+def training_split(config: ConfigDict) -> str:
+  """The split that is trained on."""
+  return data.splits(config.data.name)[0]
+
+
+def held_out_splits(config: ConfigDict) -> tuple[str, ...]:
+  """The splits that are not trained on."""
+  return data.splits(config.data.name)[1:]
+
+
+def resolution_of(system: System) -> int:
+  """Side of the pictures that a system trains on."""
+  return system.batch_spec()["image"].shape[0]
+
+
+def make_tokenizer(config: ConfigDict, source: Source) -> Tokenizer:
+  """Trains the run's tokenizer on the training captions; the same on every host."""
+  text = None
+  if is_primary():
+    trained = train_tokenizer(source.captions(), config.text.vocab_size, config.text.length)
+    text = trained.to_json().encode()
+  return Tokenizer.from_json(broadcast_bytes(text).decode())
+
+
+def run_tokenizer(config: ConfigDict, workdir: epath.Path, source: Source) -> Tokenizer:
+  """The run's tokenizer: stored in the work directory, or `init_from`'s, or a new one.
+
+  A model that is fine-tuned keeps the ids that it knows.
+  """
+  path = workdir / "tokenizer.json"
+  if path.exists():
+    return Tokenizer.load(path)
+  if config.init_from:
+    from t2i_jax import export
+
+    tokenizer = export.read(config.init_from).tokenizer
+    if tokenizer.length != config.text.length:
+      raise UserError(f"init_from={config.init_from} takes prompts of {tokenizer.length} tokens, "
+                      f"the config has text.length={config.text.length}; set it to the same")
+  else:
+    tokenizer = make_tokenizer(config, source)
+  if is_primary():
+    beside = workdir / ".tokenizer.json.writing"
+    beside.write_text(tokenizer.to_json())
+    beside.rename(path)
+  return tokenizer
+
+
+def abstract_batch(system: System, rows: int) -> dict[str, Any]:
+  """A batch of what the system reads, as shapes."""
+  from t2i_jax.export import unflatten
+
+  return unflatten({
+    name: jax.ShapeDtypeStruct((rows, *field.shape), field.dtype)
+    for name, field in system.batch_spec().items()
+  })
+
+
+def tokenize_with(tokenizer: Tokenizer):
+  """Captions to a batch's `text`."""
+  return lambda captions: {GROUP: tokenizer.encode(captions)}
+
+
+def check_batch_spec(system: System, batch: Mapping[str, Any], where: str) -> None:
+  """Raises UserError unless the batch has what the system reads.
+
+  Args:
+    system: whose `batch_spec` is asked for.
+    batch: arrays with leading batch axis.
+    where: the data set's name, for the message.
+  """
+  from t2i_jax.export import flatten
+
+  given = {
+    name: Field(tuple(leaf.shape[1:]), str(leaf.dtype)) for name, leaf in flatten(batch).items()
+  }
+  for name, field in system.batch_spec().items():
+    if name not in given:
+      raise UserError(
+        f"{type(system).__name__} needs '{name}' in its batches, which the data set '{where}' does "
+        f"not give; it gives {', '.join(sorted(given))}"
+      )
+    if given[name] != field:
+      raise UserError(f"{type(system).__name__} needs '{name}' as {field.dtype}{list(field.shape)}, "
+                      f"the data set '{where}' gives {given[name].dtype}{list(given[name].shape)}")
+
+
+def player_sections(config: ConfigDict, system: System, steps_of) -> dict[str, dict[str, Any]]:
+  """Each player's optimizer section: `config.optimizer` under `config.players.NAME`.
+
+  Args:
+    config: with `optimizer` and `players`.
+    system: whose players they are.
+    steps_of: turns a duration into steps, given the value and its key.
+
+  Raises:
+    UserError: for a player or an option that does not exist.
+  """
+  from t2i_jax.errors import unknown
+
+  names = [player.name for player in system.players]
+  for name, section in config.players.items():
+    if name not in names:
+      raise unknown(f"player of {config.system}", name, names)
+    for key in section:
+      if key not in config.optimizer:
+        raise unknown(f"option of player {name}", key, config.optimizer)
+  sections = {}
+  for name in names:
+    section = {**config.optimizer, **config.players.get(name, {})}
+    sections[name] = {**section, "warmup": steps_of(section["warmup"], "optimizer.warmup")}
+  return sections
+
+
+def identity(config: ConfigDict) -> dict[str, Any]:
+  """The flat keys that make a run what it is."""
+  return {
+    key: value for key, value in configs.flatten(config).items()
+    if key.partition(".")[0] not in FREE_SECTIONS and key not in FREE_KEYS
+  }
+
+
+def claim_workdir(workdir: epath.Path, config: ConfigDict) -> None:
+  """Writes the config into a new work directory, or checks that it is this run's.
+
+  Raises:
+    UserError: when it holds another config's run, or cannot be written.
+  """
+  path = workdir / "config.json"
+  text = configs.to_json(config)
+  if path.exists():
+    try:
+      theirs = identity(configs.from_json(path.read_text()))
+    except ValueError as error:
+      raise UserError(f"{path} is not a config: {error}; choose another --workdir") from error
+    ours = identity(configs.from_json(text))
+    different = [k for k in sorted(theirs | ours) if theirs.get(k) != ours.get(k)]
+    if different:
+      key = different[0]
+      more = f" and {len(different) - 1} more" if len(different) > 1 else ""
+      raise UserError(
+        f"--workdir={workdir} holds another run: its {key} is {theirs.get(key)!r}, this config's is "
+        f"{ours.get(key)!r}{more}; choose another --workdir, or delete it"
+      )
+  if is_primary():
+    try:
+      workdir.mkdir(parents=True, exist_ok=True)
+      beside = workdir / ".config.json.writing"
+      beside.write_text(text)
+      beside.rename(path)
+    except OSError as error:
+      raise UserError(f"cannot write to --workdir={workdir}: {error.strerror or error}") from error
+
+
+def read_run_config(workdir: epath.Path) -> ConfigDict:
+  """The config of the run in a work directory.
+
+  Raises:
+    UserError: where there is no run.
+  """
+  path = workdir / "config.json"
+  if not path.exists():
+    raise UserError(f"no run in '{workdir}': it has no config.json")
+  try:
+    return configs.from_json(path.read_text())
+  except (ValueError, json.JSONDecodeError) as error:
+    raise UserError(f"{path} is not a config: {error}") from error

@@ -1,0 +1,73 @@
+"""What every command does the same: flags that teach, errors in one line."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from t2i_jax.errors import UserError, exit_with, unknown
+
+CACHE = "T2I_CACHE"
+
+
+class _Parser(argparse.ArgumentParser):
+  """Names the nearest flag for one that does not exist."""
+
+  def parse_args(self, args=None, namespace=None):
+    flags, rest = self.parse_known_args(args, namespace)
+    for word in rest:
+      raise unknown("flag", word.partition("=")[0], self._option_string_actions)
+    return flags
+
+  def error(self, message: str):
+    raise UserError(f"{message}; see python -m {self.prog} --help")
+
+
+def parser(name: str, purpose: str, *examples: str) -> argparse.ArgumentParser:
+  """A parser whose help shows what the command is for and lines to type."""
+  return _Parser(
+    prog=name,
+    description=purpose,
+    epilog="examples:\n" + "\n".join(f"  {line}" for line in examples),
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+
+
+def run(parser: argparse.ArgumentParser, argv: list[str] | None,
+        action: Callable[[argparse.Namespace], None]) -> None:
+  """Parses and acts; a `UserError` becomes one line and exit status 2."""
+  try:
+    action(parser.parse_args(argv))
+  except UserError as error:
+    exit_with(error)
+  except BrokenPipeError:
+    sys.exit(1)
+
+
+def set_up_jax() -> None:
+  """Keeps compiled programs on disk between commands, and joins other processes.
+
+  The cache lies in $T2I_CACHE, else in the user's cache directory. Programs
+  compiled on several hosts are not written: each would write the same files.
+  """
+  import jax
+
+  from t2i_jax.parallel import distributed
+
+  distributed.initialize()
+  folder = cache_directory() / "compiled"
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError:
+    return  # A cache is a convenience: without one, programs are compiled again.
+  jax.config.update("jax_compilation_cache_dir", str(folder))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+def cache_directory() -> Path:
+  """Where this project keeps what it can make again."""
+  if os.environ.get(CACHE):
+    return Path(os.environ[CACHE])
+  return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "t2i_jax"

@@ -1,0 +1,97 @@
+"""Data sets by name. A set's module is imported when the set is opened.
+
+A data set is a class whose constructor takes `split`, `resolution` and `seed`,
+then its own options, each with a default; `log_dir` if it names skipped files
+there. `SPLITS` in its module are the names that `split` may have.
+"""
+
+import importlib
+import inspect
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from t2i_jax.data.base import Source
+from t2i_jax.errors import unknown
+
+DATASETS = {
+  "emoji": "t2i_jax.data.emoji:Emoji",
+  "folder": "t2i_jax.data.folder:Folder",
+  "scenes": "t2i_jax.data.scenes:Scenes",
+}
+
+# Data sets whose pictures can be judged: (images uint8 [n, R, R, 3], captions) to
+# {attribute: bool [n]}, "all" among them.
+VERIFIERS = {"scenes": "t2i_jax.data.scenes:verify"}
+ATTRIBUTES = ("colour", "shape", "size", "count", "position", "all")
+
+_COMMON = ("split", "resolution", "seed", "log_dir")
+
+
+def _find(name: str) -> tuple[ModuleType, type[Source]]:
+  if name not in DATASETS:
+    raise unknown("data set", name, DATASETS)
+  path, attribute = DATASETS[name].split(":")
+  module = importlib.import_module(path)
+  return module, getattr(module, attribute)
+
+
+def splits(name: str) -> tuple[str, ...]:
+  """Splits of a data set, the one to train on first.
+
+  Raises:
+    UserError: no such data set.
+  """
+  return _find(name)[0].SPLITS
+
+
+def verifier(name: str) -> Callable[..., dict[str, np.ndarray]] | None:
+  """The function that judges pictures of a data set, or None where there is none."""
+  if name not in VERIFIERS:
+    return None
+  module, attribute = VERIFIERS[name].split(":")
+  return getattr(importlib.import_module(module), attribute)
+
+
+def default_options(name: str) -> dict[str, Any]:
+  """A data set's own options with their defaults.
+
+  Raises:
+    UserError: no such data set.
+  """
+  parameters = inspect.signature(_find(name)[1]).parameters
+  return {k: p.default for k, p in parameters.items() if k not in _COMMON}
+
+
+def open_source(
+  name: str,
+  split: str,
+  resolution: int,
+  seed: int,
+  options: dict[str, Any] | None = None,
+  log_dir: str | None = None,
+) -> Source:
+  """Opens one split of a data set.
+
+  Args:
+    name: key of `DATASETS`.
+    split: one of `splits(name)`.
+    resolution: side of the square pictures, in pixels.
+    seed: of whatever the set draws when it is opened.
+    options: some of `default_options(name)`, with other values.
+    log_dir: where sets that read files name those they skip. On one host only.
+
+  Raises:
+    UserError: an unknown name, split or option, or what the set itself finds.
+  """
+  dataset = _find(name)[1]
+  known = default_options(name)
+  for option in options or {}:
+    if option not in known:
+      raise unknown(f"option of data set '{name}'", option, known)
+  arguments = dict(options or {})
+  if "log_dir" in inspect.signature(dataset).parameters:
+    arguments["log_dir"] = log_dir
+  return dataset(split=split, resolution=resolution, seed=seed, **arguments)

@@ -1,0 +1,197 @@
+"""A user's own pictures: a directory with `captions.jsonl` or `captions.csv`.
+
+    photos/captions.jsonl   {"file": "cats/1.jpg", "caption": "a cat on a mat"}
+                            {"file": "2.png", "captions": ["a dog", "a dog runs"], "split": "test"}
+    photos/captions.csv     file,caption,split
+                            cats/1.jpg,a cat on a mat,train
+
+Several captions of a picture are a list, several columns whose names begin with
+`caption`, or several lines; training draws one of them each time. `split` is
+`train` or `test`, on all lines or on none; without it about 5 % of the pictures,
+chosen by a hash of their names, are the test split. Other columns are ignored.
+"""
+
+import itertools
+import logging
+import os
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from t2i_jax.data.base import FileSource
+from t2i_jax.data.caption_files import SPLITS, read_captions
+from t2i_jax.data.images import BadImage, check_header, decode
+from t2i_jax.data.splits import held_out
+from t2i_jax.errors import UserError, unknown
+
+_NAMES = ("captions.jsonl", "captions.csv")
+# One picture in 20 is for testing where the user does not say which.
+TEST_SHARE = 20
+# File systems over a network answer slowly, but many questions at once.
+_THREADS = 16
+# Broken pictures named one by one on the console; the log file names all.
+_NAMED = 10
+
+
+def _captions_file(path: str, captions: str) -> str:
+  """The captions file of directory `path`: `captions`, or the one that is there."""
+  if not path:
+    raise UserError(
+      "data set 'folder' needs its option 'path': a directory with captions.jsonl or captions.csv"
+    )
+  try:
+    names = os.listdir(path)
+  except OSError as error:
+    raise UserError(f"no directory '{path}': {error.strerror} (option 'path')") from None
+  if not names:
+    raise UserError(f"'{path}' is empty: put pictures and captions.jsonl or captions.csv there")
+  if captions:
+    file = os.path.join(path, captions)
+    if not os.path.isfile(file):
+      raise UserError(f"no captions file '{file}' (option 'captions')")
+    if not file.endswith((".jsonl", ".csv")):
+      raise UserError(f"'{file}' is neither .jsonl nor .csv")
+    return file
+  found = [name for name in _NAMES if os.path.isfile(os.path.join(path, name))]
+  if len(found) != 1:
+    raise UserError(
+      f"'{path}' has both captions.jsonl and captions.csv: choose with option 'captions'"
+      if found
+      else f"'{path}' has no captions.jsonl or captions.csv; write one line for each picture, "
+      'such as {"file": "a.jpg", "caption": "..."}'
+    )
+  return os.path.join(path, found[0])
+
+
+def _some(names: Collection[str]) -> str:
+  return ", ".join(itertools.islice(names, 3)) + (", ..." if len(names) > 3 else "")
+
+
+class Folder(FileSource):
+  """Pictures and captions of one directory; see the module for its layout.
+
+  Pictures are resized so that the shorter side is the resolution, and centre
+  cropped. Missing and broken ones are skipped, counted and named.
+
+  Args:
+    split: "train" or "test".
+    resolution: side of the pictures, in pixels.
+    seed: not used; the split follows from the file names.
+    path: the directory.
+    captions: the captions file, from `path`; empty finds it.
+    log_dir: where `skipped_<split>.txt` names the pictures that are skipped; the
+      user's directory is never written to.
+
+  Raises:
+    UserError: an unknown split, a missing or empty directory, a wrong line, a
+      misspelt column, no picture left.
+  """
+
+  def __init__(
+    self,
+    split: str = "train",
+    resolution: int = 64,
+    seed: int = 0,
+    path: str = "",
+    captions: str = "",
+    log_dir: str | None = None,
+  ):
+    del seed
+    if split not in SPLITS:
+      raise unknown("split of data set 'folder'", split, SPLITS)
+    self.resolution = resolution
+    self._path, self._split = path, split
+    source = _captions_file(path, captions)
+    rows = read_captions(source)
+    self._log = os.path.join(log_dir, f"skipped_{split}.txt") if log_dir else None
+    if self._log and os.path.exists(self._log):
+      os.remove(self._log)  # an earlier run's
+    self._skipped: set[str] = set()
+
+    test = {file for file, (_, marked) in rows.items() if marked == "test"}
+    if all(marked is None for _, marked in rows.values()):
+      test = held_out(rows, TEST_SHARE)
+    with ThreadPoolExecutor(_THREADS) as pool:
+      there = dict(zip(rows, pool.map(os.path.isfile, map(self._full, rows)), strict=True))
+    missing = [file for file, found in there.items() if not found]
+    if len(missing) == len(rows):
+      raise UserError(f"none of the {len(rows)} pictures in {source} exists: {_some(missing)}")
+    if missing:
+      logging.warning(
+        "%d of %d pictures in %s are missing and are skipped: %s",
+        len(missing),
+        len(rows),
+        source,
+        _some(missing),
+      )
+    here = [file for file in rows if (file in test) == (split == "test")]
+    self._files = [file for file in here if there[file]]
+    self._captions = [tuple(rows[file][0]) for file in self._files]
+    self._skip({file: "no such file" for file in here if not there[file]})
+    if not self._files:
+      why = f"all {len(here)} are missing" if here else "give lines a 'split', or add pictures"
+      raise UserError(f"no pictures in split '{split}' of {source}: {why}")
+
+  def _full(self, file: str) -> str:
+    return os.path.join(self._path, file)
+
+  def _skip(self, reasons: dict[str, str]) -> None:
+    """Names skipped pictures in the log file, each once in this process."""
+    new = {file: reason for file, reason in reasons.items() if file not in self._skipped}
+    self._skipped.update(new)
+    if self._log and new:
+      os.makedirs(os.path.dirname(self._log), exist_ok=True)
+      with open(self._log, "a", encoding="utf-8") as log:
+        log.write("".join(f"{file}\t{reason}\n" for file, reason in new.items()))
+
+  def checked(self) -> "Folder":
+    """This folder without the files that are no pictures, found by their headers.
+
+    Raises:
+      UserError: no picture is left.
+    """
+
+    def check(file: str) -> str | None:
+      try:
+        check_header(self._full(file))
+      except BadImage as error:
+        return error.reason
+      return None
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+      reasons = list(pool.map(check, self._files))
+    bad = {f: reason for f, reason in zip(self._files, reasons, strict=True) if reason}
+    self._skip(bad)
+    if len(bad) == len(self._files):
+      raise UserError(f"none of {len(bad)} pictures in '{self._path}' can be read: {_some(bad)}")
+    if bad:
+      logging.warning(
+        "%d of %d pictures in %s cannot be read and are skipped: %s",
+        len(bad),
+        len(self._files),
+        self._path,
+        _some(bad),
+      )
+    kept = [n for n, reason in enumerate(reasons) if not reason]
+    self._files = [self._files[n] for n in kept]
+    self._captions = [self._captions[n] for n in kept]
+    return self
+
+  def __len__(self) -> int:
+    return len(self._files)
+
+  def image(self, index: int) -> np.ndarray:
+    """Row's picture, uint8 [R, R, 3]; raises `BadImage`."""
+    file = self._files[index]
+    try:
+      return decode(self._full(file), self.resolution)
+    except BadImage as error:
+      if file not in self._skipped and len(self._skipped) < _NAMED:
+        logging.warning("skipped %s", error)
+      self._skip({file: error.reason})
+      raise
+
+  def captions_of(self, index: int) -> tuple[str, ...]:
+    """Row's captions, with white space made single spaces."""
+    return self._captions[index]

@@ -1,0 +1,136 @@
+"""Picture files and bytes to square uint8 RGB arrays, and what cannot be read.
+
+Pillow's plain `convert("RGB")` is wrong for several modes found in the wild:
+16-bit grey is clipped to white, transparency shows whatever colour lies under
+it, and a camera's rotation tag is ignored. `decode` handles these; everything
+that it cannot read raises `BadImage`, so that a data set can skip the file.
+"""
+
+import functools
+import io
+import os
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+
+
+class BadImage(Exception):
+  """A picture that cannot be read.
+
+  Attributes:
+    path: the file, or "<bytes>".
+    reason: why, in a few words.
+  """
+
+  def __init__(self, path: str, reason: str):
+    super().__init__(path, reason)  # both as args, so that it can be pickled
+    self.path = path
+    self.reason = reason
+
+  def __str__(self) -> str:
+    return f"{self.path}: {self.reason}"
+
+
+def _reason(error: Exception) -> str:
+  if isinstance(error, UnidentifiedImageError):
+    return "not a picture in a known format"
+  if isinstance(error, FileNotFoundError):
+    return "no such file"
+  if isinstance(error, PermissionError):
+    return "no permission to read it"
+  return " ".join(str(error).split()) or type(error).__name__
+
+
+def to_rgb(image: Image.Image, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
+  """`image` of any mode as 8-bit RGB, transparent parts over `background`."""
+  if image.mode == "RGB" and "transparency" not in image.info:
+    return image
+  if image.mode.startswith("I"):
+    # 16 bits of grey, which Pillow would clip to 255 when converting.
+    grey = np.clip(np.rint(np.asarray(image) / 257), 0, 255).astype(np.uint8)
+    return Image.fromarray(grey).convert("RGB")
+  if image.has_transparency_data:
+    layer = image.convert("RGBA")
+    canvas = Image.new("RGBA", layer.size, background + (255,))
+    return Image.alpha_composite(canvas, layer).convert("RGB")
+  return image.convert("RGB")
+
+
+def resize_and_crop(image: Image.Image, resolution: int) -> np.ndarray:
+  """RGB picture to uint8 [R, R, 3]: the shorter side becomes R, then the centre.
+
+  Resampling is Pillow's bicubic, whose support grows with the reduction, which is
+  what antialiases. The crop is taken before the resize, as a box in source
+  pixels, so that what is thrown away is never computed.
+  """
+  width, height = image.size
+  side = min(width, height)
+  left, top = (width - side) / 2, (height - side) / 2
+  box = (left, top, left + side, top + side)
+  if (width, height) != (resolution, resolution):
+    image = image.resize((resolution, resolution), Image.Resampling.BICUBIC, box=box)
+  return np.asarray(image)
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+  """Raster formats that this Pillow reads; others (EPS) would start programs."""
+  Image.init()
+  return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+def _open(source: str | os.PathLike | bytes) -> Image.Image:
+  """The picture, not yet decoded. Pillow itself refuses only twice its limit."""
+  file = io.BytesIO(source) if isinstance(source, bytes) else source
+  image = Image.open(file, formats=_formats())
+  limit = Image.MAX_IMAGE_PIXELS
+  if limit and image.width * image.height > limit:
+    image.close()
+    raise ValueError(f"{image.width}x{image.height}, more than {limit} pixels")
+  return image
+
+
+def _name(source: str | os.PathLike | bytes) -> str:
+  return "<bytes>" if isinstance(source, bytes) else os.fspath(source)
+
+
+# Pillow's decoders raise nearly anything on damaged files: OSError, SyntaxError,
+# ValueError, RuntimeError, struct.error... So all of it is taken for damage below.
+
+
+def decode(source: str | os.PathLike | bytes, resolution: int) -> np.ndarray:
+  """A picture file, or its bytes, as uint8 [R, R, 3] RGB.
+
+  The camera's rotation tag is applied, transparency is laid over white, the
+  shorter side is resized to `resolution` (bicubic, antialiased) and the
+  centre is cropped. Of an animation the first frame is taken.
+
+  Raises:
+    BadImage: missing, empty, truncated, corrupt, of an unknown format, or
+      larger than `PIL.Image.MAX_IMAGE_PIXELS`.
+  """
+  try:
+    with _open(source) as image:
+      # JPEG can be decoded at 1/2, 1/4 or 1/8; the resize is left twice the size.
+      if image.format == "JPEG":
+        image.draft(None, (2 * resolution, 2 * resolution))
+      image.load()
+      rgb = to_rgb(ImageOps.exif_transpose(image))
+  except Exception as error:
+    raise BadImage(_name(source), _reason(error)) from error
+  return resize_and_crop(rgb, resolution)
+
+
+def check_header(source: str | os.PathLike | bytes) -> None:
+  """Opens a picture without decoding its pixels.
+
+  Raises:
+    BadImage: missing, empty, of an unknown format, or too large.
+  """
+  try:
+    with _open(source):
+      pass
+  except Exception as error:
+    raise BadImage(_name(source), _reason(error)) from error

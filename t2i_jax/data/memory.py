@@ -1,0 +1,105 @@
+"""Small data sets, decoded once and kept in memory as uint8.
+
+A gather from memory gives several hundred thousand pictures a second, decoding
+a few thousand: what fits is decoded once.
+"""
+
+import itertools
+import logging
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from t2i_jax.data.base import FileSource, Rows, Source
+from t2i_jax.data.images import BadImage
+from t2i_jax.errors import UserError
+
+MEMORY_LIMIT = 2 << 30
+
+
+@runtime_checkable
+class Checked(Protocol):
+  """A source that can tell without decoding which of its files are no pictures."""
+
+  def checked(self) -> FileSource:
+    """The source without those rows."""
+
+
+class InMemory(Source):
+  """The readable rows of a `FileSource`, decoded.
+
+  Raises:
+    UserError: not one row can be read.
+  """
+
+  def __init__(self, source: FileSource, progress: Callable[[int, int], None] | None = None):
+    total = len(source)
+    images = np.empty((total, source.resolution, source.resolution, 3), np.uint8)
+
+    def decode(index: int) -> BadImage | None:
+      try:
+        images[index] = source.image(index)
+      except BadImage as error:
+        return error
+      return None
+
+    errors = []
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+      for done, error in enumerate(pool.map(decode, range(total)), start=1):
+        errors.append(error)
+        if progress:
+          progress(done, total)
+    kept = np.array([n for n, error in enumerate(errors) if error is None], np.int64)
+    if not len(kept):
+      raise UserError(f"not one of {total} pictures can be read, the first is {errors[0]}")
+    if len(kept) < total:
+      logging.warning("%d of %d pictures cannot be read and are left out", total - len(kept), total)
+      images = images[kept]
+    self.resolution = source.resolution
+    if source.weights is not None:
+      weights = source.weights[kept]
+      self.weights = weights / weights.sum()
+    self._images = images
+    self._captions = [source.captions_of(int(i)) for i in kept]
+    extras = [source.extra_of(int(i)) for i in kept]
+    self._extra = {k: np.stack([e[k] for e in extras]) for k in extras[0]}
+
+  def __len__(self) -> int:
+    return len(self._images)
+
+  def fetch(self, indices: np.ndarray, draws: np.ndarray) -> Rows:
+    choices = [self._captions[i] for i in indices]
+    return Rows(
+      image=self._images[indices],
+      captions=[c[int(d) % len(c)] for c, d in zip(choices, draws, strict=True)],
+      extra={k: v[indices] for k, v in self._extra.items()},
+    )
+
+  def captions(self) -> Iterator[str]:
+    return itertools.chain.from_iterable(self._captions)
+
+
+def in_memory(
+  source: Source,
+  progress: Callable[[int, int], None] | None = None,
+  memory_limit: int = MEMORY_LIMIT,
+) -> Source:
+  """`source` decoded into memory where it reads files and is small enough.
+
+  Args:
+    source: any source; one that does not read files is returned as it is.
+    progress: called with (rows done, rows) while decoding.
+    memory_limit: bytes of uint8 pictures from which on rows are decoded again
+      in each epoch instead.
+
+  Raises:
+    UserError: not one row can be read.
+  """
+  if not isinstance(source, FileSource):
+    return source
+  if len(source) * source.resolution**2 * 3 > memory_limit:
+    return source.checked() if isinstance(source, Checked) else source
+  return InMemory(source, progress)

@@ -1,0 +1,118 @@
+"""The scenes as a data set."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from t2i_jax.data.base import Rows, Source
+from t2i_jax.data.scenes.grammar import LEVELS, Scene, caption
+from t2i_jax.data.scenes.render import mix, render
+from t2i_jax.data.scenes.split import (
+  SPLITS,
+  Random,
+  canonical,
+  draw_scene,
+  one_object_scenes,
+  reverse,
+  split_of,
+  two_object_scenes,
+)
+from t2i_jax.errors import UserError, unknown
+
+_EPOCH = 100_000  # rows that an infinite split calls an epoch
+_HELD_OUT_COUNTS = 2048  # distinct scenes of level "counts", which has too many to list
+_CAPTIONS = 20_000  # captions that a tokenizer is trained on
+_PICTURE_STREAM = 0x5CE4E5  # separates a row's layout from its scene
+
+
+class Scenes(Source):
+  """Procedural captioned pictures.
+
+  Training rows are made on the fly: row i's scene and picture are a pure
+  function of (seed, i), for any i >= 0; its level is uniform over `levels`. A
+  held-out split is a finite list of distinct scenes in an order that `seed`
+  draws: all there are at levels "one" and "two", 2048 at level "counts". Only
+  the phrasing comes from a row's draw.
+
+  Args:
+    split: one of `SPLITS`.
+    resolution: side of the pictures, at least 16.
+    seed: of the rows' order and layouts; the split itself does not depend on it.
+    levels: some of `LEVELS`.
+
+  Raises:
+    UserError: on an unknown split or level, or too small a resolution.
+  """
+
+  def __init__(
+    self,
+    split: str = "train",
+    resolution: int = 32,
+    seed: int = 0,
+    levels: tuple[str, ...] = ("one",),
+  ):
+    if split not in SPLITS:
+      raise unknown("split of scenes", split, SPLITS)
+    for level in levels:
+      if level not in LEVELS:
+        raise unknown("level of scenes", level, LEVELS)
+    if not levels:
+      raise UserError(f"scenes: no levels given; name some of {', '.join(LEVELS)}")
+    if resolution < 16:
+      raise UserError(f"scenes: resolution {resolution} is too small to draw; use 16 or more")
+    self.split = split
+    self.resolution = resolution
+    self.seed = seed
+    self.levels = tuple(levels)
+    self.infinite = split == "train"
+    self._held_out = () if self.infinite else self._list_held_out()
+
+  def __len__(self) -> int:
+    return _EPOCH if self.infinite else len(self._held_out)
+
+  def scenes(self, indices: np.ndarray) -> list[Scene]:
+    """The scenes of some rows."""
+    if not self.infinite:
+      return [self._held_out[int(i) % len(self._held_out)] for i in indices]
+    return [self._train_scene(int(i)) for i in indices]
+
+  def fetch(self, indices: np.ndarray, draws: np.ndarray) -> Rows:
+    indices = np.asarray(indices, np.int64)
+    if not self.infinite:
+      indices = indices % len(self)
+    scenes = self.scenes(indices)
+    seed = mix(np.array([self.seed % 2**64], np.uint64), _PICTURE_STREAM)
+    layouts = mix(seed ^ indices.astype(np.uint64), 1)
+    return Rows(
+      image=render(scenes, self.resolution, layouts),
+      captions=[caption(s, int(d)) for s, d in zip(scenes, draws, strict=True)],
+    )
+
+  def captions(self) -> Iterator[str]:
+    random = Random(self.seed, _PICTURE_STREAM)
+    for index in range(_CAPTIONS):
+      yield caption(self.scenes([index])[0], random.word())
+
+  def _train_scene(self, index: int) -> Scene:
+    random = Random(self.seed, index)
+    return draw_scene(random.pick(self.levels), "train", random)
+
+  def _list_held_out(self) -> tuple[Scene, ...]:
+    random = Random(self.seed, SPLITS.index(self.split))
+    scenes = []
+    for level in self.levels:
+      if level == "one":
+        scenes += [scene for scene in one_object_scenes() if split_of(scene) == self.split]
+      elif level == "two":
+        listed = [scene for scene in two_object_scenes() if split_of(scene) == self.split]
+        scenes += [random.pick((scene, reverse(scene))) for scene in listed]
+      else:
+        distinct = {}
+        while len(distinct) < _HELD_OUT_COUNTS:
+          scene = draw_scene(level, self.split, random)
+          distinct.setdefault(canonical(scene), scene)
+        scenes += distinct.values()
+    for last in range(len(scenes) - 1, 0, -1):
+      other = random.pick(range(last + 1))
+      scenes[last], scenes[other] = scenes[other], scenes[last]
+    return tuple(scenes)

@@ -1,0 +1,7 @@
+"""The mathematics of diffusion, without networks.
+
+A process says how pictures are corrupted; a parameterization what the network
+predicts; a weighting which errors count; a time density which times are
+trained; a solver how a sample is drawn; guidance how a condition is obeyed.
+Each is an object of its own, and any goes with any other.
+"""

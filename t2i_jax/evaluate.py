@@ -1,0 +1,189 @@
+"""`python -m t2i_jax.evaluate --export=DIR`: what an export is worth on data it never saw."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from t2i_jax import assembly, command, data
+from t2i_jax.errors import UserError, unknown
+
+MEASURES = ("score", "loss")
+
+
+def main(argv: list[str] | None = None) -> None:
+  """The command; see `--help`."""
+  parser = command.parser(
+    "t2i_jax.evaluate",
+    "Measures an export on held-out data: the loss, and on data sets with a verifier how many\n"
+    "drawn pictures are right, by attribute, for their captions and for shuffled ones (which must\n"
+    "collapse: if they do not, the model ignores the text).",
+    "python -m t2i_jax.evaluate --export=runs/quickstart/export",
+    "python -m t2i_jax.evaluate --export=DIR --split=held_out_pairs --pictures=1024 --guidance=3",
+    "python -m t2i_jax.evaluate --export=DIR --measure=loss",
+  )
+  from t2i_jax.sample import add_export_flags
+
+  add_export_flags(parser)
+  parser.add_argument("--split", action="append", default=[],
+                      help="a split; may be repeated; all held-out ones by default")
+  parser.add_argument("--measure", action="append", default=[], metavar="|".join(MEASURES),
+                      help="what to measure; may be repeated; all that make sense by default")
+  parser.add_argument("--pictures", type=int, default=256, help="drawn for a score (256)")
+  parser.add_argument("--data-option", action="append", default=[], metavar="NAME=VALUE",
+                      help="an option of the data set in place of the training run's")
+  parser.add_argument("--output", default="",
+                      help="folder for scores.json and a grid of the scored pictures")
+  command.run(parser, argv, _evaluate)
+
+
+def _evaluate(flags) -> None:
+  command.set_up_jax()
+  from t2i_jax.pipeline import Pipeline
+  from t2i_jax.sample import sampling_options
+
+  pipeline = Pipeline.load(flags.export)
+  config = pipeline.config
+  with config.unlocked():
+    _set_data_options(config, flags.data_option)
+  splits = flags.split or assembly.held_out_splits(config)
+  for split in splits:
+    if split not in data.splits(config.data.name):
+      raise unknown("split", split, data.splits(config.data.name))
+  measures = flags.measure or _possible(pipeline)
+  for measure in measures:
+    if measure not in MEASURES:
+      raise unknown("measure", measure, MEASURES)
+  results = {"export": str(flags.export), "step": pipeline.step, "seed": flags.seed, "splits": {}}
+  for split in splits:
+    found = results["splits"].setdefault(split, {})
+    if "loss" in measures:
+      found["loss"] = held_out_loss(pipeline, split, flags.batch_size)
+      print(f"{split}: " + ", ".join(f"{k} {v:.5g}" for k, v in found["loss"].items()))
+    if "score" in measures:
+      options = sampling_options(flags, pipeline)
+      found["score"] = score(
+        pipeline, split, flags.pictures, flags.seed, options, flags.batch_size, flags.output
+      )
+      print(table(split, found["score"]))
+  if flags.output:
+    folder = Path(flags.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "scores.json").write_text(json.dumps(results, indent=2) + "\n")
+
+
+def _possible(pipeline) -> list[str]:
+  from t2i_jax.systems import base
+
+  possible = []
+  if isinstance(pipeline.system, base.Evaluated):
+    possible.append("loss")
+  if data.verifier(pipeline.config.data.name) and isinstance(pipeline.system, base.Sampler):
+    possible.append("score")
+  return possible
+
+
+def _set_data_options(config, pairs: list[str]) -> None:
+  from t2i_jax import config as configs
+
+  defaults = data.default_options(config.data.name)
+  for text in pairs:
+    name, equals, value = text.partition("=")
+    if not equals or name not in defaults:
+      raise unknown(f"option of data set '{config.data.name}'", name, defaults)
+    config.data.options[name] = configs.typed(f"data option {name}", value, defaults[name])
+
+
+def held_out_loss(pipeline, split: str, batch_size: int) -> dict[str, float]:
+  """Means of the system's evaluation loss over a whole split (at most 64 batches)."""
+  from t2i_jax.hooks import HeldOutLoss
+  from t2i_jax.parallel.mesh import batch_shards
+
+  source = assembly.open_data(pipeline.config, split, assembly.resolution_of(pipeline.system))
+  shards = batch_shards(pipeline.mesh)
+  size = -(-batch_size // shards) * shards
+  measure = HeldOutLoss(
+    pipeline.system, source, assembly.tokenize_with(pipeline.tokenizer), pipeline.mesh, size, 64,
+    0, split, None,
+  )
+  return measure.measure(pipeline.variables)
+
+
+def score(pipeline, split: str, pictures: int, seed: int, options: dict, batch_size: int = 64,
+          output: str = "") -> dict[str, object]:
+  """Draws the first captions of a split and asks the data set's verifier.
+
+  Args:
+    pipeline: draws.
+    split, pictures: whose first captions, and how many.
+    seed, options, batch_size: of the drawing.
+    output: folder for a grid of the first 64 pictures; none if empty.
+
+  Returns:
+    `right`: fraction by attribute for the captions; `shuffled`: the same when
+    each picture is judged by another one's caption; `pictures`; `options`;
+    `seconds_a_picture`, compilation included.
+
+  Raises:
+    UserError: for a data set without a verifier.
+  """
+  config = pipeline.config
+  verify = data.verifier(config.data.name)
+  if verify is None:
+    raise UserError(f"data set '{config.data.name}' has no verifier, so --measure=score cannot be "
+                    "had; use --measure=loss")
+  source = assembly.open_data(config, split, assembly.resolution_of(pipeline.system))
+  captions = source.fetch(np.arange(pictures) % len(source), np.arange(pictures, dtype=np.uint64)
+                          ).captions
+  started = time.monotonic()
+
+  def progress(done: int) -> None:
+    print(f"  {split}: {done}/{pictures} pictures drawn", file=sys.stderr)
+
+  drawn = pipeline(captions, seed, batch_size=batch_size, progress=progress, **options)
+  seconds = time.monotonic() - started
+  if output:
+    from t2i_jax.training.grids import prompt_grid, save_picture
+
+    save_picture(Path(output) / f"{split}.png", prompt_grid(drawn[:64], captions[:64]))
+  return {
+    "right": _fractions(verify(drawn, captions)),
+    "shuffled": _fractions(verify(drawn, derangement(captions))),
+    "pictures": pictures,
+    "options": options,
+    "seconds_a_picture": seconds / pictures,
+  }
+
+
+def derangement(captions: list[str]) -> list[str]:
+  """Captions shuffled, fixed for their number, so that none stays in its place."""
+  order = np.random.default_rng(0).permutation(len(captions))
+  shuffled = [""] * len(captions)
+  for here, there in zip(order, np.roll(order, 1), strict=True):
+    shuffled[here] = captions[there]
+  return shuffled
+
+
+def _fractions(verdict: dict[str, np.ndarray]) -> dict[str, float]:
+  return {name: float(np.mean(verdict[name])) for name in data.ATTRIBUTES}
+
+
+def table(split: str, result: dict) -> str:
+  """A split's scores as text."""
+  width = max(len(name) for name in data.ATTRIBUTES) + 2
+  options = ", ".join(f"{k}={v}" for k, v in result["options"].items()) or "defaults"
+  lines = [
+    f"{split}: {result['pictures']} pictures ({options}; "
+    f"{result['seconds_a_picture']:.3f} s a picture)",
+    f"  {'':{width}}{'captions':>10}{'shuffled':>10}",
+  ]
+  for name in data.ATTRIBUTES:
+    right, shuffled = result["right"][name], result["shuffled"][name]
+    lines.append(f"  {name:{width}}{right:>10.1%}{shuffled:>10.1%}")
+  return "\n".join(lines)
+
+
+if __name__ == "__main__":
+  main()

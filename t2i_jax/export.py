@@ -1,0 +1,209 @@
+"""Exports: self-contained folders from which pictures are drawn.
+
+  config.json            what the model is, its step, and the other files' sizes
+  variables.safetensors  parameters (EMA unless asked otherwise) and collections
+  tokenizer.json         of the prompts
+  README.md              the model card
+
+`python -m t2i_jax.export --help` makes one from a run's checkpoint.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+import t2i_jax
+from t2i_jax import config as configs
+from t2i_jax.errors import UserError
+from t2i_jax.text.tokenizer import Tokenizer
+
+CONFIG, VARIABLES, TOKENIZER, CARD = (
+  "config.json", "variables.safetensors", "tokenizer.json", "README.md"
+)
+FORMAT = 1
+
+
+@dataclasses.dataclass
+class Export:
+  """An export that was read.
+
+  Attributes:
+    path: its folder.
+    config: of the run that made it.
+    step: of the training at which it was made.
+    variables: `{collection: {group: tree}}` of numpy arrays.
+    tokenizer: of its prompts.
+  """
+
+  path: Path
+  config: ConfigDict
+  step: int
+  variables: dict[str, dict[str, Any]]
+  tokenizer: Tokenizer
+
+
+def write(
+  path: str | Path,
+  config: ConfigDict,
+  step: int,
+  variables: Mapping[str, Any],
+  tokenizer: Tokenizer,
+  notes: str = "",
+) -> Path:
+  """Writes an export beside `path`, then puts it there whole, in place of an older one.
+
+  Args:
+    path: the folder.
+    config: of the run.
+    step: of the training.
+    variables: of all groups that sampling needs; arrays on the host.
+    tokenizer: of the prompts.
+    notes: Markdown for the model card: data, scores.
+  """
+  import shutil
+
+  from safetensors.numpy import save_file
+
+  path = Path(path)
+  beside = path.with_name(f".{path.name}.writing")
+  try:
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    flat = {k: np.ascontiguousarray(v) for k, v in flatten(variables).items()}
+    save_file(flat, beside / VARIABLES)
+    (beside / TOKENIZER).write_text(tokenizer.to_json(), encoding="utf-8")
+    (beside / CARD).write_text(model_card(config, step, flat, notes), encoding="utf-8")
+    about = {
+      "format": FORMAT,
+      "version": t2i_jax.__version__,
+      "step": step,
+      "files": {f.name: f.stat().st_size for f in sorted(beside.iterdir())},
+      "config": config.to_dict(),
+    }
+    (beside / CONFIG).write_text(json.dumps(about, indent=2, sort_keys=True) + "\n")
+    if path.exists():
+      old = path.with_name(f".{path.name}.old")
+      shutil.rmtree(old, ignore_errors=True)
+      path.rename(old)
+      beside.rename(path)
+      shutil.rmtree(old)
+    else:
+      beside.rename(path)
+  except OSError as error:
+    shutil.rmtree(beside, ignore_errors=True)
+    raise UserError(f"cannot write the export {path}: {error.strerror or error}; "
+                    "free space there or choose another folder") from error
+  return path
+
+
+def read(path: str | Path) -> Export:
+  """Reads an export.
+
+  Raises:
+    UserError: for a folder that is none, or from which something is missing.
+  """
+  from safetensors import SafetensorError
+  from safetensors.numpy import load_file
+
+  path = Path(path)
+  if not (path / CONFIG).is_file():
+    inside = path / "export"
+    hint = f"; did you mean '{inside}'?" if (inside / CONFIG).is_file() else ""
+    raise UserError(f"no export at '{path}': it has no {CONFIG}{hint}")
+  try:
+    about = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    files, step = about["files"], int(about["step"])
+    config = configs.from_json(json.dumps(about["config"]))
+  except (ValueError, KeyError, TypeError) as error:
+    raise UserError(f"{path / CONFIG} is not an export's: {type(error).__name__} {error}") from error
+  if about.get("format") != FORMAT:
+    raise UserError(f"{path} has export format {about.get('format')}, this version reads {FORMAT}")
+  for name, size in files.items():
+    if not (path / name).is_file():
+      raise UserError(f"the export {path} is not whole: {name} is missing; copy it again")
+    if name == VARIABLES and (path / name).stat().st_size != size:
+      raise UserError(f"the export {path} is not whole: {name} has {(path / name).stat().st_size} "
+                      f"bytes of {size}; copy it again")
+  try:
+    flat = load_file(path / VARIABLES)
+  except (SafetensorError, ValueError) as error:
+    raise UserError(f"{path / VARIABLES} cannot be read: {error}; copy it again") from error
+  return Export(path, config, step, unflatten(flat), Tokenizer.load(path / TOKENIZER))
+
+
+def flatten(variables: Mapping[str, Any]) -> dict[str, Any]:
+  """`{"params/denoiser/conv_in/kernel": array}` of nested variables."""
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(variables)
+  }
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+  """The inverse of `flatten`."""
+  nested: dict[str, Any] = {}
+  for key, value in flat.items():
+    *parents, last = key.split("/")
+    place = nested
+    for parent in parents:
+      place = place.setdefault(parent, {})
+    place[last] = value
+  return nested
+
+
+def model_card(config: ConfigDict, step: int, flat: Mapping[str, Any], notes: str) -> str:
+  """The export's README."""
+  parameters = sum(v.size for k, v in flat.items() if k.startswith("params/"))
+  return f"""# {config.system}, trained on {config.data.name}
+
+| | |
+|---|---|
+| system | `{config.system}` |
+| data set | `{config.data.name}` {dict(config.data.options)} |
+| steps | {step} of batch {config.train.batch_size} |
+| parameters | {parameters:,} |
+| EMA decay | {config.ema.decay} |
+
+Draw pictures with it:
+
+    python -m t2i_jax.sample --export=PATH --prompt="..."
+
+{notes}"""
+
+
+def main(argv: list[str] | None = None) -> None:
+  """The command; see `--help`."""
+  from t2i_jax import command
+
+  parser = command.parser(
+    "t2i_jax.export",
+    "Makes an export, the folder that sampling needs, from a run's checkpoint.",
+    "python -m t2i_jax.export --workdir=runs/ddpm --output=ddpm-export",
+  )
+  parser.add_argument("--workdir", required=True, help="the run's work directory")
+  parser.add_argument("--output", required=True, help="the folder to write; replaced if it exists")
+  parser.add_argument("--step", type=int, help="of the checkpoint; the newest by default")
+  parser.add_argument("--no-ema", action="store_true",
+                      help="the parameters themselves, not their moving average")
+  command.run(parser, argv, _export)
+
+
+def _export(flags) -> None:
+  from etils import epath
+
+  from t2i_jax.restore import restored_variables
+
+  config, step, variables, tokenizer = restored_variables(
+    epath.Path(flags.workdir), flags.step, ema=not flags.no_ema
+  )
+  print(write(flags.output, config, step, variables, tokenizer))
+
+
+if __name__ == "__main__":
+  main()

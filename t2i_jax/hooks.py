@@ -1,0 +1,83 @@
+"""What a run does every so often beside stepping: draw its prompts, measure held-out loss."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from t2i_jax.data.base import Source
+from t2i_jax.data.loader import evaluation_batches
+from t2i_jax.parallel.distributed import is_primary
+from t2i_jax.parallel.mesh import batch_sharding, host_rows, replicated
+from t2i_jax.parallel.sharding import put
+from t2i_jax.pipeline import Pipeline
+from t2i_jax.systems import base
+from t2i_jax.systems.base import System
+from t2i_jax.training.grids import prompt_grid, save_picture
+from t2i_jax.training.state import State
+from t2i_jax.training.writers import Writers
+
+
+class DrawSamples:
+  """Draws the same prompts from the same seed each time, as a grid in `samples/`."""
+
+  def __init__(self, pipeline: Pipeline, prompts: Sequence[str], every: int, seed: int,
+               options: dict[str, Any], workdir: epath.Path, writers: Writers):
+    self.every = every
+    self._pipeline, self._prompts, self._seed = pipeline, list(prompts), seed
+    self._options, self._workdir, self._writers = options, workdir, writers
+
+  def __call__(self, step: int, state: State) -> None:
+    pictures = self._pipeline(
+      self._prompts, self._seed, variables=state.variables(ema=True), **self._options
+    )
+    if not is_primary():
+      return
+    grid = prompt_grid(pictures, self._prompts)
+    save_picture(self._workdir / "samples" / f"step_{step:08d}.png", grid)
+    self._writers.images(step, "samples", np.asarray(grid))
+
+
+class HeldOutLoss:
+  """The mean of the system's evaluation loss over held-out rows, with the EMA parameters.
+
+  Always the same rows, noise and times, so that steps can be compared.
+  """
+
+  def __init__(self, system: System, source: Source, tokenize: Callable, mesh: Mesh,
+               batch_size: int, batches: int, every: int, name: str, writers: Writers | None):
+    base.require(system, base.Evaluated, "the held-out loss")
+    self.every = every
+    self._source, self._tokenize, self._mesh = source, tokenize, mesh
+    self._batch_size, self._batches, self._name = batch_size, batches, name
+    self._writers = writers
+    self._loss = jax.jit(system.evaluation_loss, out_shardings=replicated(mesh))
+
+  def __call__(self, step: int, state: State) -> None:
+    self._writers.scalars(step, self.measure(state.variables(ema=True)))
+
+  def measure(self, variables: Any) -> dict[str, float]:
+    """Means over the valid rows, by `split/metric`."""
+    sums: dict[str, float] = {}
+    count = 0
+    rows = host_rows(self._batch_size, self._mesh)
+    batches = evaluation_batches(self._source, self._tokenize, self._batch_size, rows)
+    for i, batch in zip(range(self._batches), batches, strict=False):
+      device_batch = put(batch, batch_sharding(self._mesh))
+      losses = self._loss(variables, device_batch, jax.random.key(i))
+      everywhere = jax.jit(lambda x: x, out_shardings=replicated(self._mesh))
+      valid = np.asarray(everywhere(device_batch["valid"]))
+      count += int(valid.sum())
+      for key, values in losses.items():
+        values = np.asarray(values, np.float64)
+        sums[key] = sums.get(key, 0.0) + float(values[valid].sum())
+    return {f"{self._name}/{key}": value / max(count, 1) for key, value in sums.items()}
+
+
+def default_prompts(source: Source, count: int) -> list[str]:
+  """The first captions of a split, for a run whose config names no prompts."""
+  indices = np.arange(count) % len(source)
+  return source.fetch(indices, np.zeros(count, np.uint64)).captions

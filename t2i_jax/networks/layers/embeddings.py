@@ -1,0 +1,50 @@
+"""Embeddings of time and of place."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array
+
+
+def timestep_embedding(t: Array, width: int, max_period: float = 10000.0) -> Array:
+  """Sinusoidal embedding of times [B] -> float32 [B, width], cosines first.
+
+  Ho et al. 2020, appendix B (after Vaswani et al. 2017, 3.5): frequencies from
+  1 down to 1 / max_period, geometrically.
+  """
+  half = width // 2
+  frequencies = jnp.exp(-math.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
+  angles = t.astype(jnp.float32)[:, None] * frequencies
+  embedding = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+  return jnp.pad(embedding, ((0, 0), (0, width - 2 * half)))
+
+
+def sincos_1d(positions: np.ndarray, width: int) -> np.ndarray:
+  """Sine-cosine embedding of positions [N] -> float32 [N, width]; width is even."""
+  frequencies = 10000.0 ** (-np.arange(width // 2) / (width / 2.0))
+  angles = positions.reshape(-1).astype(np.float64)[:, None] * frequencies
+  return np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
+
+
+def sincos_2d(height: int, width: int, channels: int) -> np.ndarray:
+  """Fixed 2-D positions [height * width, channels]: half for rows, half for columns."""
+  rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
+  half = channels // 2
+  return np.concatenate([sincos_1d(rows, half), sincos_1d(columns, channels - half)], axis=1)
+
+
+def coordinate_channels(height: int, width: int, frequencies: int) -> np.ndarray:
+  """Sines and cosines of the coordinates in [0, 1], [height, width, 4 * frequencies].
+
+  Added to a convolutional network's input they tell it where it is, which
+  global conditioning and convolutions alone cannot (Liu et al. 2018, CoordConv).
+  """
+  rows, columns = np.meshgrid(
+    (np.arange(height) + 0.5) / height, (np.arange(width) + 0.5) / width, indexing="ij"
+  )
+  scales = np.pi * 2.0 ** np.arange(frequencies)
+  angles = np.concatenate([rows[..., None] * scales, columns[..., None] * scales], axis=-1)
+  return np.concatenate([np.sin(angles), np.cos(angles)], axis=-1).astype(np.float32)

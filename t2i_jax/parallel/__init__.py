@@ -1,0 +1,1 @@
+"""Devices: the mesh, sharding rules, several hosts, compiler options, FLOPs."""

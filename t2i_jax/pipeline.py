@@ -1,0 +1,136 @@
+"""Prompts in, pictures out: what `sample`, `evaluate` and training's own grids share.
+
+  import t2i_jax
+  pipeline = t2i_jax.load("runs/quickstart/export")
+  pictures = pipeline(["a large red circle at the top left"], seed=1)
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from t2i_jax import assembly, export
+from t2i_jax.errors import UserError
+from t2i_jax.parallel.mesh import batch_sharding, batch_shards, make_mesh, replicated
+from t2i_jax.parallel.sharding import parse_rules, shardings
+from t2i_jax.systems import base
+from t2i_jax.systems.base import System
+from t2i_jax.systems.conditioning import GROUP
+from t2i_jax.text.tokenizer import Tokenizer
+
+
+class Pipeline:
+  """A system with its variables and tokenizer, ready to draw.
+
+  Text is encoded by one compiled program, pictures are drawn by another; both
+  are compiled once for a batch size and a set of static options. Picture i is
+  a function of (variables, prompt, seed, i, options), whatever the batch size
+  and the number of devices.
+
+  Attributes:
+    system: what draws.
+    tokenizer: of the prompts.
+    config: of the run that trained it, or None.
+    step: of that run.
+  """
+
+  def __init__(self, system: System, tokenizer: Tokenizer, mesh: Mesh, variables: Any = None,
+               config: Any = None, step: int = 0):
+    base.require(system, base.Sampler, "sampling")
+    self.system, self.tokenizer, self.mesh = system, tokenizer, mesh
+    self.variables, self.config, self.step = variables, config, step
+    self._condition = jax.jit(system.condition)
+    self._sample = jax.jit(self._to_uint8, out_shardings=replicated(mesh))
+
+  @classmethod
+  def load(cls, path: str | Path, mesh: Mapping[str, int] | None = None) -> "Pipeline":
+    """Reads an export onto the devices.
+
+    Args:
+      path: the export's folder.
+      mesh: devices along each axis; all of them along `data` by default.
+
+    Raises:
+      UserError: for a folder that is no whole export.
+    """
+    exported = export.read(path)
+    devices = make_mesh(mesh or {"data": -1})
+    system = assembly.build_system(exported.config)
+    rules = parse_rules(exported.config.sharding.rules)
+    placed = jax.device_put(exported.variables, shardings(exported.variables, rules, devices))
+    return cls(system, exported.tokenizer, devices, placed, exported.config, exported.step)
+
+  def __call__(
+    self,
+    prompts: Sequence[str],
+    seed: int = 0,
+    *,
+    first: int = 0,
+    batch_size: int = 64,
+    variables: Any = None,
+    progress: Callable[[int], None] = lambda done: None,
+    **options: Any,
+  ) -> np.ndarray:
+    """Draws one picture a prompt.
+
+    Args:
+      prompts: n texts.
+      seed: of all draws.
+      first: index of the first picture; picture i of the call has key
+        `fold_in(seed, first + i)`.
+      batch_size: pictures drawn at a time, rounded up to what the devices take.
+      variables: in place of the pipeline's own, such as those of a run.
+      progress: told how many pictures are done, after each batch.
+      **options: of the system's sampler, such as `guidance` or `steps`.
+
+    Returns:
+      uint8 [n, H, W, 3].
+
+    Raises:
+      UserError: for an option that the system does not have.
+    """
+    if not prompts:
+      raise UserError("no prompts to draw")
+    chosen = base.make_options(self.system, options)
+    variables = self.variables if variables is None else variables
+    shards = batch_shards(self.mesh)
+    size = -(-min(batch_size, len(prompts)) // shards) * shards
+    pictures = []
+    with jax.set_mesh(self.mesh):
+      for start in range(0, len(prompts), size):
+        part = list(prompts[start : start + size])
+        text = self.tokenizer.encode(part + [""] * (size - len(part)))
+        indices = np.arange(first + start, first + start + size)
+        text, indices = self._put((text, indices))
+        conditioning = self._condition(variables, {"text": {GROUP: text}})
+        drawn = self._sample(variables, conditioning, jnp.uint32(seed), indices, chosen)
+        pictures.append(np.asarray(drawn)[: len(part)])
+        progress(start + len(part))
+    return np.concatenate(pictures)
+
+  def truncated(self, prompts: Sequence[str]) -> list[str]:
+    """A line for each prompt that the encoder cannot take whole, saying what is cut."""
+    lines = []
+    for prompt in prompts:
+      lost = self.tokenizer.truncated(prompt)
+      if lost is not None:
+        lines.append(f"prompt '{prompt[:40]}...' is longer than the {self.tokenizer.length} tokens "
+                     f"that the encoder takes: '{lost}' is cut off")
+    return lines
+
+  def _put(self, tree: Any) -> Any:
+    """Host arrays, the same on every host, split over the devices by row."""
+    sharding = batch_sharding(self.mesh)
+    return jax.tree.map(
+      lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), tree
+    )
+
+  def _to_uint8(self, variables, conditioning, seed, indices, options):
+    keys = base.picture_keys(seed, indices)
+    images = self.system.sample(variables, conditioning, keys, options)
+    return jnp.clip(jnp.round((images + 1.0) * 127.5), 0, 255).astype(jnp.uint8)

@@ -1,0 +1,30 @@
+"""Where config files begin: a system's sections on a data set, with what suits its captions."""
+
+from ml_collections import ConfigDict
+
+from t2i_jax import data, systems
+from t2i_jax.config import choose, shared_sections
+
+DATASETS = {
+  # Options of the data set, and settings of the text that suit its captions.
+  "scenes": ({"levels": ("one",)}, {"length": 32, "vocab_size": 512}),
+  "scenes_two": ({"levels": ("two",)}, {"length": 32, "vocab_size": 512}),
+  "scenes_all": ({"levels": ("one", "two", "counts")}, {"length": 40, "vocab_size": 512}),
+  "emoji": ({}, {"length": 24, "vocab_size": 2048}),
+  "folder": ({}, {"length": 64, "vocab_size": 8192}),
+}
+
+
+def base(system: str, dataset: str) -> ConfigDict:
+  """All sections of a system's config on a data set, locked; values may be changed."""
+  config = shared_sections()
+  config.system = system
+  sections = systems.default_sections(system)
+  config.model = sections["model"]
+  config.text = sections["text"]
+  config.sample.options = sections["options"]
+  options, text = choose("dataset", dataset, DATASETS)
+  config.data.name = dataset.partition("_")[0]
+  config.data.options = ConfigDict({**data.default_options(config.data.name), **options})
+  config.text.update(text)
+  return config.lock()

@@ -1,0 +1,237 @@
+"""Where a run's state comes from, and how it is stored and read back."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from etils import epath
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+import t2i_jax
+from t2i_jax import assembly, export
+from t2i_jax.errors import UserError
+from t2i_jax.parallel.compiler_flags import compiler_options
+from t2i_jax.parallel.mesh import batch_sharding, make_mesh
+from t2i_jax.parallel.sharding import parse_rules, put, shardings
+from t2i_jax.systems import base
+from t2i_jax.systems.base import System
+from t2i_jax.text.tokenizer import Tokenizer
+from t2i_jax.training import state as states
+from t2i_jax.training.checkpoint import Checkpoints
+from t2i_jax.training.optimizers import make_optimizer
+from t2i_jax.training.state import State
+
+
+@dataclasses.dataclass
+class Plan:
+  """What a state will be, before any of it exists.
+
+  Attributes:
+    optimizers: by player.
+    shardings: of the state.
+    abstract_state: its shapes with their shardings.
+    initialise: `(batch, frozen) -> State`, pure.
+  """
+
+  optimizers: dict[str, optax.GradientTransformation]
+  shardings: State
+  abstract_state: State
+  initialise: Callable[[Any, Any], State]
+
+  @classmethod
+  def make(
+    cls, config: ConfigDict, mesh: Mesh, system: System, frozen: Mapping[str, Any], total: int,
+    steps_of: Callable[[Any, str], int],
+  ) -> "Plan":
+    """The state of a config's run of `total` steps on a mesh.
+
+    Raises:
+      UserError: for players, optimizers or sharding rules that do not exist.
+    """
+    batch = assembly.abstract_batch(system, config.train.batch_size)
+    sections = assembly.player_sections(config, system, steps_of)
+    shapes = jax.eval_shape(
+      lambda b, f: system.init(jax.random.key(0), b, f)["params"], batch, frozen
+    )
+    optimizers = {
+      player.name: make_optimizer(
+        sections[player.name], _updates(total, player), {g: shapes[g] for g in player.trains}
+      )
+      for player in system.players
+    }
+
+    def initialise(batch, frozen) -> State:
+      return states.create(system, optimizers, config.seed, batch, frozen, config.ema.decay > 0)
+
+    abstract = jax.eval_shape(initialise, batch, frozen)
+    placed = shardings(abstract, parse_rules(config.sharding.rules), mesh)
+    abstract = jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placed
+    )
+    return cls(optimizers, placed, abstract, initialise)
+
+  def create(self, batch: Any, frozen: Mapping[str, Any]) -> State:
+    """A fresh state, made in place on the devices."""
+    frozen = jax.device_put(frozen, self.shardings.frozen)
+    platform = next(iter(self.shardings.step.device_set)).platform
+    made = jax.jit(
+      self.initialise, out_shardings=self.shardings, compiler_options=compiler_options(platform)
+    )
+    return made(batch, frozen)
+
+
+def _updates(total: int, player: base.Player) -> int:
+  """How often a player moves in a run of `total` steps: the length of its schedule."""
+  return max(-(-(total - player.start) // player.every), 1) * player.repeats
+
+
+@dataclasses.dataclass
+class Run:
+  """A run's state and where it is stored.
+
+  Attributes:
+    plan: what the state is made of.
+    step: steps done when the run was opened.
+    window: per-step metrics of the open logging window.
+    checkpoints: where the state is stored.
+  """
+
+  plan: Plan
+  step: int
+  window: list[dict[str, float]]
+  checkpoints: Checkpoints
+  _state: State | None
+  _system: str
+
+  @classmethod
+  def open(
+    cls, config: ConfigDict, workdir: epath.Path, mesh: Mesh, system: System,
+    frozen: Mapping[str, Any], loader: Any, total: int, steps_of: Callable[[Any, str], int],
+  ) -> "Run":
+    """Restores a run or begins one, and puts the loader at its position.
+
+    Precedence: the run's own newest checkpoint; else `config.resume`, another
+    run's newest checkpoint, optimizer and step included; else
+    `config.init_from`, an export's parameters under a fresh optimizer; else
+    scratch.
+
+    Raises:
+      UserError: for a checkpoint or export that does not fit.
+    """
+    plan = Plan.make(config, mesh, system, frozen, total, steps_of)
+    checkpoints = Checkpoints(
+      workdir / "checkpoints", keep_last=config.checkpoint.keep_last,
+      keep_every=steps_of(config.checkpoint.keep_every, "checkpoint.keep_every") or None,
+    )
+    run = cls(plan, 0, [], checkpoints, None, config.system)
+    if checkpoints.latest_step() is not None:
+      run._restore(checkpoints, frozen, loader)
+    elif config.resume:
+      run._restore(Checkpoints(epath.Path(config.resume) / "checkpoints", read_only=True),
+                   frozen, loader)
+    else:
+      run._state = plan.create(put(loader.peek(), batch_sharding(mesh)), frozen)
+      if config.init_from:
+        run._state = _initialised(run._state, system, export.read(config.init_from))
+    checkpoints.save_frozen(run._state.frozen)
+    return run
+
+  def take_state(self) -> State:
+    """The state, which the caller may donate; the run forgets it."""
+    state, self._state = self._state, None
+    return state
+
+  def save(self, step: int, state: State, meta: dict[str, Any]) -> None:
+    """Stores a state without its frozen groups, in the background."""
+    about = {**meta, "system": self._system, "version": t2i_jax.__version__}
+    self.checkpoints.save(step, state.replace(frozen={}), about)
+
+  def _restore(self, checkpoints: Checkpoints, frozen: Mapping[str, Any], loader: Any) -> None:
+    step = checkpoints.latest_step()
+    if step is None:
+      raise UserError(f"no checkpoint in {checkpoints.directory}")
+    meta = checkpoints.meta(step)
+    if meta.get("system") != self._system:
+      raise UserError(
+        f"the checkpoint in {checkpoints.directory} is of the system {meta.get('system')!r}, "
+        f"the config's is {self._system!r}; choose another --workdir or config"
+      )
+    state = checkpoints.restore(step, self.plan.abstract_state.replace(frozen={}))
+    self._state = state.replace(frozen=jax.device_put(frozen, self.plan.shardings.frozen))
+    self.step, self.window = step, meta["window"]
+    loader.restore(meta["data"])
+
+
+def _initialised(state: State, system: System, exported: export.Export) -> State:
+  """`state` with the exported parameters and collections where it has the same ones."""
+  flat = export.flatten(exported.variables)
+
+  def taken(kind: str, tree: Any, groups) -> Any:
+    given = {k: v for k, v in flat.items() if k.split("/")[:1] == [kind]}
+    wanted = {f"{kind}/{k}": v for k, v in export.flatten({g: tree[g] for g in groups}).items()}
+    _compare(exported.path, wanted, given)
+    new = {k.removeprefix(f"{kind}/"): jax.device_put(np.asarray(given[k], v.dtype), v.sharding)
+           for k, v in wanted.items()}
+    return {**tree, **export.unflatten(new)}
+
+  exported_groups = [g for g in state.params if g in exported.variables["params"]]
+  params = taken("params", state.params, exported_groups)
+  collections = {
+    kind: taken(kind, tree, [g for g in tree if g in exported.variables.get(kind, {})])
+    for kind, tree in state.collections.items()
+  }
+  ema = {g: jax.tree.map(jax.numpy.copy, params[g]) for g in state.ema}
+  return state.replace(params=params, ema=ema, collections=collections)
+
+
+def _compare(path: Any, wanted: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+  missing = sorted(set(wanted) - set(given))
+  wrong = sorted(k for k in set(wanted) & set(given) if wanted[k].shape != given[k].shape)
+  if missing or wrong or not wanted:
+    first = (missing or wrong or ["every parameter"])[0]
+    raise UserError(
+      f"init_from={path} does not fit this config: {len(missing)} arrays are missing and "
+      f"{len(wrong)} have another shape, such as {first}; use the config that it was trained with"
+    )
+
+
+def held_variables(system: System, state: State, ema: bool) -> dict[str, Any]:
+  """Variables that sampling needs, as numpy on every host."""
+  variables = state.variables(ema)
+  wanted = set(system.ema_groups) | set(system.frozen_groups)
+  kept = {
+    kind: {name: tree for name, tree in groups.items() if name in wanted}
+    for kind, groups in variables.items()
+  }
+  kept = {kind: groups for kind, groups in kept.items() if groups}
+  if jax.process_count() > 1:
+    return jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True), kept)
+  return jax.device_get(kept)
+
+
+def restored_variables(
+  workdir: epath.Path, step: int | None, ema: bool
+) -> tuple[ConfigDict, int, dict[str, Any], Tokenizer]:
+  """Config, step, exportable variables and tokenizer of a run, from its checkpoint.
+
+  Raises:
+    UserError: where there is no run, no such checkpoint, or a damaged one.
+  """
+  config = assembly.read_run_config(workdir)
+  mesh = make_mesh({"data": -1})
+  components, frozen = assembly.load_components(config)
+  system = assembly.build_system(config, components)
+  tokenizer = Tokenizer.load(workdir / "tokenizer.json")
+  checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
+  step = checkpoints.latest_step() if step is None else step
+  if step is None:
+    raise UserError(f"no checkpoint in {checkpoints.directory} yet")
+  plan = Plan.make(config, mesh, system, frozen, 1, lambda value, key: 0)
+  state = checkpoints.restore(step, plan.abstract_state.replace(frozen={}))
+  checkpoints.close()
+  return config, step, held_variables(system, state.replace(frozen=frozen), ema), tokenizer

@@ -1,0 +1,115 @@
+"""`python -m t2i_jax.sample --export=DIR --prompt=...`: draws pictures from an export."""
+
+import re
+import sys
+from pathlib import Path
+
+from t2i_jax import command
+from t2i_jax.errors import UserError
+
+COMMON = ("guidance", "steps", "solver")
+
+
+def main(argv: list[str] | None = None) -> None:
+  """The command; see `--help`."""
+  parser = command.parser(
+    "t2i_jax.sample",
+    "Draws pictures for prompts from an export: a PNG a picture, and a grid with the prompts.\n"
+    "Nothing but the export's folder is needed. The same seed, prompt and options give the same\n"
+    "picture on one device or many.",
+    "python -m t2i_jax.sample --export=runs/quickstart/export --prompt='a small red star at the top'",
+    "python -m t2i_jax.sample --export=DIR --prompt='a dog' --count=8 --seed=3 --guidance=4 "
+    "--steps=30",
+    "python -m t2i_jax.sample --export=DIR --prompts=prompts.txt --output=pictures "
+    "--option=eta=0.5",
+  )
+  add_export_flags(parser)
+  parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be repeated")
+  parser.add_argument("--prompts", metavar="FILE", help="a text file with a prompt on each line")
+  parser.add_argument("--count", type=int, default=1, help="pictures a prompt (1)")
+  parser.add_argument("--output", default="samples", help="folder to write to (samples)")
+  command.run(parser, argv, _sample)
+
+
+def add_export_flags(parser) -> None:
+  """Flags of every command that draws from an export."""
+  parser.add_argument("--export", required=True, help="the export's folder")
+  parser.add_argument("--seed", type=int, default=0, help="of the pictures (0)")
+  parser.add_argument("--batch-size", type=int, default=64, help="pictures drawn at a time (64)")
+  for name in COMMON:
+    parser.add_argument(f"--{name}", help=f"the sampler's {name}, if it has one")
+  parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE",
+                      help="another option of the system's sampler; may be repeated")
+
+
+def sampling_options(flags, pipeline) -> dict[str, object]:
+  """The sampler's options from the run's config, with those that the flags give.
+
+  Raises:
+    UserError: for an option that the system does not have, or a value of
+      another type.
+  """
+  import dataclasses
+
+  from t2i_jax import config as configs
+  from t2i_jax.errors import unknown
+
+  options = pipeline.config.sample.options.to_dict()
+  given = [f"{name}={getattr(flags, name)}" for name in COMMON if getattr(flags, name) is not None]
+  defaults = {f.name: f.default for f in dataclasses.fields(pipeline.system.Options)}
+  for text in given + flags.option:
+    name, equals, value = text.partition("=")
+    if not equals:
+      raise UserError(f"--option={text} is not NAME=VALUE")
+    if name not in defaults:
+      raise unknown(f"sampling option of {pipeline.config.system}", name, defaults)
+    options[name] = configs.typed(f"sampling option {name}", value, defaults[name])
+  return options
+
+
+def _sample(flags) -> None:
+  prompts = _prompts(flags)
+  if flags.count < 1:
+    raise UserError(f"--count={flags.count} draws nothing")
+  command.set_up_jax()
+  from t2i_jax.pipeline import Pipeline
+  from t2i_jax.training.grids import prompt_grid, save_picture
+
+  pipeline = Pipeline.load(flags.export)
+  options = sampling_options(flags, pipeline)
+  for line in pipeline.truncated(prompts):
+    print(f"warning: {line}", file=sys.stderr)
+  repeated = [prompt for prompt in prompts for _ in range(flags.count)]
+  from tqdm import tqdm
+
+  with tqdm(total=len(repeated), unit="picture", disable=not sys.stderr.isatty()) as bar:
+    pictures = pipeline(
+      repeated, flags.seed, batch_size=flags.batch_size,
+      progress=lambda done: bar.update(done - bar.n), **options,
+    )
+  output = Path(flags.output)
+  for i, (picture, prompt) in enumerate(zip(pictures, repeated, strict=True)):
+    save_picture(output / f"{i:05d}_{_slug(prompt)}.png", picture)
+  save_picture(output / "grid.png", prompt_grid(pictures, repeated))
+  print(f"{len(pictures)} pictures and grid.png in {output}")
+
+
+def _prompts(flags) -> list[str]:
+  prompts = list(flags.prompt)
+  if flags.prompts:
+    try:
+      lines = Path(flags.prompts).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+      raise UserError(f"--prompts={flags.prompts} cannot be read: {error}") from error
+    prompts += [line.strip() for line in lines if line.strip()]
+  if not prompts:
+    raise UserError("no prompts: give --prompt='...' or --prompts=FILE with a prompt on each line")
+  return prompts
+
+
+def _slug(prompt: str) -> str:
+  return re.sub(r"\W+", "-", prompt.lower()).strip("-")[:48]
+
+
+if __name__ == "__main__":
+  main()

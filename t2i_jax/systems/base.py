@@ -1,0 +1,296 @@
+"""The contract between a system and the rest of the project.
+
+A system is one method of the literature: a frozen dataclass whose fields are
+its config section, which holds no arrays and does no I/O. It says how its
+variables are made, which players train them, and what it can do with them
+(sample, encode and decode, guide). The loop, the step, checkpoints, exports
+and commands know systems by this page only.
+
+Variables are one dictionary `{collection: {group: tree}}`, as Linen lays them
+out, with one more level for the group:
+
+  {"params": {"text_encoder": ..., "denoiser": ...}, "batch_stats": {...}}
+"""
+
+import abc
+import dataclasses
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from t2i_jax.errors import UserError, unknown
+
+Array = jax.Array
+Batch = Mapping[str, Any]
+Variables = Mapping[str, Mapping[str, Any]]
+
+
+@dataclasses.dataclass
+class Aux:
+  """What a loss hands back beside its scalar.
+
+  Attributes:
+    metrics: scalars to log.
+    collections: `{collection: {group: tree}}`, the groups that changed; they
+      replace the old ones before the next player moves.
+  """
+
+  metrics: dict[str, Array] = dataclasses.field(default_factory=dict)
+  collections: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+
+
+jax.tree_util.register_dataclass(Aux, ["metrics", "collections"], [])
+
+Loss = Callable[[Variables, Batch, Array, Array], tuple[Array, Aux]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Player:
+  """One optimizer, the loss it minimises, and the groups it updates.
+
+  Attributes:
+    name: its section under `config.players`, and its metrics' prefix.
+    trains: parameter groups; every trained group belongs to exactly one player.
+    loss: `(variables, batch, rng, step) -> (scalar, Aux)`.
+    start: first step at which it moves.
+    every: it moves at steps `start`, `start + every`...
+    repeats: updates a step, each on its own equal slice of the batch.
+    couples_examples: whether an example's loss depends on the others of its
+      batch (batch norm, contrastive terms, rolled negatives). "approximate":
+      accumulation changes the result a little, and warns; "exact": it would
+      compute something else, and is refused.
+    custom_gradients: `(variables, batch, rng, step) -> (gradients by group,
+      Aux)` for a player whose gradient is not that of one scalar (VQGAN's
+      adaptive weight). The update stays with the step.
+  """
+
+  name: str
+  trains: tuple[str, ...]
+  loss: Loss
+  start: int = 0
+  every: int = 1
+  repeats: int = 1
+  couples_examples: Literal["no", "approximate", "exact"] = "no"
+  custom_gradients: Callable[..., tuple[dict[str, Any], Aux]] | None = None
+
+  def gradients(
+    self, variables: Variables, batch: Batch, rng: Array, step: Array
+  ) -> tuple[dict[str, Any], Aux]:
+    """Gradients of the player's loss by group, and its Aux with `loss` in it."""
+    if self.custom_gradients is not None:
+      return self.custom_gradients(variables, batch, rng, step)
+
+    def loss_of(trained):
+      return self.loss(with_params(variables, trained), batch, rng, step)
+
+    trained = {name: variables["params"][name] for name in self.trains}
+    (loss, aux), gradients = jax.value_and_grad(loss_of, has_aux=True)(trained)
+    return gradients, dataclasses.replace(aux, metrics={"loss": loss, **aux.metrics})
+
+  @property
+  def always(self) -> bool:
+    return self.start == 0 and self.every == 1
+
+  def moves(self, step: Array) -> Array:
+    """Whether the player updates at `step`."""
+    return (step >= self.start) & ((step - self.start) % self.every == 0)
+
+
+@struct.dataclass
+class Conditioning:
+  """What a text encoder, or a cache of one, hands to a system.
+
+  Attributes:
+    sequence: [B, L, D] features of the tokens, or None.
+    mask: bool [B, L], the tokens that count.
+    pooled: [B, P], one vector a caption, or None.
+    extra: labels, images, masks, neighbours, sizes, by name.
+    null: the same with no caption, for classifier-free guidance, or None.
+  """
+
+  sequence: Array | None = None
+  mask: Array | None = None
+  pooled: Array | None = None
+  extra: dict[str, Array] = struct.field(default_factory=dict)
+  null: "Conditioning | None" = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+  """Shape (without the batch axis) and type of one entry of a batch."""
+
+  shape: tuple[int, ...]
+  dtype: str
+
+
+class System(abc.ABC):
+  """One method; see the module's docstring.
+
+  Class attributes:
+    Options: a `struct.dataclass` of the sampling options with their defaults,
+      static fields marked `pytree_node=False`; None without a sampler.
+    ema_groups: the trained groups that an export needs, which EMA covers.
+  """
+
+  Options: ClassVar[type | None] = None
+
+  @property
+  @abc.abstractmethod
+  def players(self) -> tuple[Player, ...]:
+    """The players, in the order in which they move."""
+
+  @property
+  @abc.abstractmethod
+  def ema_groups(self) -> tuple[str, ...]:
+    """Trained groups that an export needs."""
+
+  @property
+  def frozen_groups(self) -> tuple[str, ...]:
+    """Groups that components bring, that no player trains."""
+    return ()
+
+  @abc.abstractmethod
+  def init(self, rng: Array, batch: Batch, frozen: Variables) -> dict[str, dict[str, Any]]:
+    """Fresh variables of the trained groups, from the first real batch.
+
+    `frozen` holds the variables of the components, which a data-dependent
+    initialisation may need.
+    """
+
+  @abc.abstractmethod
+  def batch_spec(self) -> dict[str, Field]:
+    """The batch entries that training reads, by '/'-joined path."""
+
+  def joint_losses(
+    self, variables: Variables, batch: Batch, rng: Array, step: Array
+  ) -> tuple[dict[str, Array], Aux]:
+    """Every player's loss from one forward pass; only with `simultaneous`."""
+    raise UserError(f"{type(self).__name__} has no simultaneous play; set play=alternating")
+
+  @property
+  def simultaneous(self) -> bool:
+    """Whether all players move from the same point, through one `jax.vjp`."""
+    return False
+
+
+@runtime_checkable
+class Sampler(Protocol):
+  """A system that draws pictures."""
+
+  Options: ClassVar[type]
+
+  def condition(self, variables: Variables, batch: Batch) -> Conditioning:
+    """Encodes `batch["text"]`; a program of its own, null included."""
+
+  def sample(
+    self, variables: Variables, conditioning: Conditioning, keys: Array, options: Any
+  ) -> Array:
+    """Pictures [B, H, W, 3] in [-1, 1]; `keys` [B] is one key a picture."""
+
+
+@runtime_checkable
+class FirstStage(Protocol):
+  """An autoencoder or tokenizer whose latents or codes another system models."""
+
+  def encode(self, variables: Variables, images: Array, rng: Array | None) -> Any: ...
+  def decode(self, variables: Variables, latents: Any) -> Array: ...
+  def latent_spec(self) -> Any: ...
+  def vocabulary(self) -> tuple[int, ...] | None: ...
+
+
+@runtime_checkable
+class TextEncoder(Protocol):
+  """A system that turns token ids into conditioning."""
+
+  def encode(self, variables: Variables, text: Mapping[str, Array]) -> Conditioning: ...
+  def null_text(self) -> Mapping[str, Any]: ...
+
+
+@runtime_checkable
+class Guide(Protocol):
+  """A system whose log-probability steers another's sampler."""
+
+  def log_prob(
+    self, variables: Variables, x_t: Array, t: Array, conditioning: Conditioning
+  ) -> Array: ...
+
+
+@runtime_checkable
+class Evaluated(Protocol):
+  """A system with a loss to report on held-out batches."""
+
+  def evaluation_loss(
+    self, variables: Variables, batch: Batch, rng: Array
+  ) -> dict[str, Array]:
+    """Per-example metrics [B], which the caller averages over valid rows."""
+
+
+def require(system: System, capability: type, what: str) -> None:
+  """Raises UserError unless `system` has the capability that `what` needs."""
+  if not isinstance(system, capability):
+    raise UserError(
+      f"{what} needs a system with {capability.__name__}; {type(system).__name__} has none"
+    )
+
+
+def group(variables: Variables, name: str) -> dict[str, Any]:
+  """One group's variables, as a Linen module's `apply` takes them."""
+  return {kind: groups[name] for kind, groups in variables.items() if name in groups}
+
+
+def as_group(name: str, variables: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+  """A Linen module's variables as those of the group `name`."""
+  return {kind: {name: tree} for kind, tree in variables.items()}
+
+
+def merge(*parts: Variables) -> dict[str, dict[str, Any]]:
+  """Variables of several groups in one dictionary; later parts win by group."""
+  merged: dict[str, dict[str, Any]] = {}
+  for part in parts:
+    for kind, groups in part.items():
+      merged[kind] = {**merged.get(kind, {}), **groups}
+  return merged
+
+
+def with_params(variables: Variables, params: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+  """`variables` with the parameters of some groups replaced."""
+  return merge(variables, {"params": params})
+
+
+def fold_name(rng: Array, name: str) -> Array:
+  """A key for the draw called `name`; the same name gives the same draw."""
+  return jax.random.fold_in(rng, zlib.crc32(name.encode()))
+
+
+def picture_keys(seed: Array | int, indices: Array) -> Array:
+  """Key i of a sampling call, `fold_in(seed, picture index)`: keys [B].
+
+  A picture thus depends on its seed and index, not on the batch around it.
+  """
+  base = jax.random.key(seed)
+  return jax.vmap(lambda i: jax.random.fold_in(base, i))(indices)
+
+
+def normalize_images(images: Array) -> Array:
+  """uint8 [B, H, W, 3] to float32 in [-1, 1], on the device."""
+  return images.astype(jnp.float32) / 127.5 - 1.0
+
+
+def make_options(system: type[System] | System, overrides: Mapping[str, Any]) -> Any:
+  """The system's sampling options with `overrides`.
+
+  Raises:
+    UserError: for an option that the system does not have.
+  """
+  if system.Options is None:
+    name = system.__name__ if isinstance(system, type) else type(system).__name__
+    raise UserError(f"{name} draws no pictures, so it takes no sampling options")
+  valid = {field.name for field in dataclasses.fields(system.Options)}
+  for name in overrides:
+    if name not in valid:
+      raise unknown("sampling option", name, valid)
+  return system.Options(**overrides)

@@ -1,0 +1,201 @@
+"""Denoising diffusion in pixels, conditioned on text, with classifier-free guidance.
+
+Ho, Jain and Abbeel 2020 (the process, the loss, ancestral sampling); Nichol and
+Dhariwal 2021 (the cosine schedule); Song, Meng and Ermon 2021 (DDIM); Ho and
+Salimans 2022 (guidance without a classifier).
+"""
+
+import dataclasses
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from t2i_jax.diffusion import guidance, solvers
+from t2i_jax.diffusion.parameterization import make_parameterization
+from t2i_jax.diffusion.process import expand, make_process
+from t2i_jax.diffusion.timesteps import make_density
+from t2i_jax.diffusion.weighting import make_weighting
+from t2i_jax.errors import UserError
+from t2i_jax.networks.unet import UNet
+from t2i_jax.systems import base
+from t2i_jax.systems.base import Array, Aux, Batch, Conditioning, Field, Player, Variables
+from t2i_jax.systems.conditioning import TextConditioner
+
+DENOISER = "denoiser"
+
+
+@struct.dataclass
+class Options:
+  """Sampling options.
+
+  Attributes:
+    solver: "ddpm" (ancestral) or "ddim".
+    steps: network evaluations a picture.
+    guidance: classifier-free guidance scale; 1 is the conditional model alone.
+    eta: of DDIM.
+    variance: of the ancestral solver, "small" or "large".
+    clip: clip the predicted x_0 to [-1, 1] at every step.
+  """
+
+  solver: str = struct.field(pytree_node=False, default="ddim")
+  steps: int = struct.field(pytree_node=False, default=50)
+  guidance: float = 2.0
+  eta: float = struct.field(pytree_node=False, default=0.0)
+  variance: str = struct.field(pytree_node=False, default="small")
+  clip: bool = struct.field(pytree_node=False, default=True)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class DDPM(base.System):
+  """See the module's docstring.
+
+  Attributes:
+    text: turns captions into conditioning.
+    resolution: side of the pictures, in pixels.
+    schedule, steps: of the process ("linear" or "cosine").
+    prediction: what the network outputs: "epsilon", "x0" or "v".
+    weighting: which error the loss measures; see `diffusion.weighting`.
+    density: which times are trained; see `diffusion.timesteps`.
+    channels ... dropout: of the `UNet`.
+    dtype: type of the computation.
+  """
+
+  Options = Options
+
+  text: TextConditioner
+  resolution: int = 32
+  schedule: str = "linear"
+  steps: int = 1000
+  prediction: str = "epsilon"
+  weighting: str = "epsilon"
+  density: str = "uniform"
+  channels: int = 128
+  multipliers: tuple[int, ...] = (1, 2, 2, 2)
+  blocks: int = 2
+  attention_levels: tuple[int, ...] = (1,)
+  head_channels: int = 64
+  groups: int = 32
+  patch: int = 1
+  coordinates: int = 0
+  positions: bool = True
+  mlp_ratio: float = 0.0
+  scale_shift: bool = True
+  dropout: float = 0.0
+  dtype: Any = jnp.float32
+
+  def __post_init__(self):
+    coarsest = self.patch * 2 ** (len(self.multipliers) - 1)
+    if self.resolution % coarsest:
+      raise UserError(
+        f"model.resolution={self.resolution} does not divide by {coarsest} "
+        "(model.patch times 2 for each level but the first); change one of them"
+      )
+    for multiplier in self.multipliers:
+      if self.channels * multiplier % self.groups:
+        raise UserError(
+          f"model.groups={self.groups} does not divide the {self.channels * multiplier} channels "
+          "of a level; change one of them"
+        )
+    # Wrong names are found when the system is built, not when it first trains.
+    self.process, self.parameterization, self.weight, self.times  # noqa: B018
+
+  @cached_property
+  def process(self):
+    return make_process(self.schedule, self.steps)
+
+  @cached_property
+  def parameterization(self):
+    return make_parameterization(self.prediction)
+
+  @cached_property
+  def weight(self):
+    return make_weighting(self.weighting)
+
+  @cached_property
+  def times(self):
+    return make_density(self.density)
+
+  @cached_property
+  def network(self) -> UNet:
+    names = {field.name for field in dataclasses.fields(UNet)} - {"parent", "name"}
+    return UNet(**{name: getattr(self, name) for name in names})
+
+  @property
+  def players(self) -> tuple[Player, ...]:
+    return (Player("denoiser", (*self.text.groups, DENOISER), self.loss),)
+
+  @property
+  def ema_groups(self) -> tuple[str, ...]:
+    return (*self.text.groups, DENOISER)
+
+  def batch_spec(self) -> dict[str, Field]:
+    image = Field((self.resolution, self.resolution, 3), "uint8")
+    return {"image": image, **self.text.batch_spec()}
+
+  def init(self, rng: Array, batch: Batch, frozen: Variables) -> dict[str, dict[str, Any]]:
+    text = self.text.init(base.fold_name(rng, "text_encoder"), batch)
+    x = base.normalize_images(batch["image"])
+    given = self.text(base.merge(text, frozen), batch)
+    denoiser = self.network.init(
+      base.fold_name(rng, DENOISER), x, jnp.zeros(len(x), jnp.int32),
+      given.sequence, given.mask, given.pooled,
+    )
+    return base.merge(text, base.as_group(DENOISER, denoiser))
+
+  def loss(self, variables: Variables, batch: Batch, rng: Array, step: Array):
+    """The weighted error of Ho et al. 2020, algorithm 1, averaged over the batch."""
+    given = self.text(variables, batch, rng)
+    errors = self._errors(variables, batch, given, rng, train=True)
+    return jnp.mean(errors), Aux()
+
+  def evaluation_loss(self, variables: Variables, batch: Batch, rng: Array) -> dict[str, Array]:
+    """The training error of each example [B], without dropout of captions or units."""
+    given = self.text(variables, batch)
+    return {"loss": self._errors(variables, batch, given, rng, train=False)}
+
+  def _errors(self, variables, batch, given: Conditioning, rng, train: bool) -> Array:
+    x_0 = base.normalize_images(batch["image"])
+    t = self.times(base.fold_name(rng, "time"), len(x_0), self.process.steps)
+    noise = jax.random.normal(base.fold_name(rng, "noise"), x_0.shape)
+    alpha, sigma = (expand(f(t), x_0.ndim) for f in (self.process.alpha, self.process.sigma))
+    output = self._network(
+      variables, self.process.corrupt(x_0, noise, t), t, given, train=train,
+      rngs={"dropout": base.fold_name(rng, "dropout")},
+    )
+    target = self.parameterization.target(x_0, noise, alpha, sigma)
+    scale = self.parameterization.error_scale(alpha, sigma)
+    weight = self.weight(expand(self.process.snr(t), x_0.ndim)) / scale**2
+    return jnp.mean(weight * jnp.square(output - target), axis=(1, 2, 3))
+
+  def _network(self, variables, x, t, given: Conditioning, **kwargs) -> Array:
+    return self.network.apply(
+      base.group(variables, DENOISER), x, t, given.sequence, given.mask, given.pooled, **kwargs
+    )
+
+  def condition(self, variables: Variables, batch: Batch) -> Conditioning:
+    return self.text.with_null(variables, batch)
+
+  def sample(
+    self, variables: Variables, conditioning: Conditioning, keys: Array, options: Options
+  ) -> Array:
+    """Pictures [B, H, W, 3] in [-1, 1]; both branches of the guidance run as one batch."""
+    solver = solvers.make_solver(options.solver, options.eta, options.variance)
+    doubled = jax.tree.map(
+      guidance.interleave, conditioning.replace(null=None), conditioning.null
+    )
+
+    def predict(x: Array, t: Array):
+      output = self._network(
+        variables, guidance.both(x), jnp.full(2 * len(x), t), doubled
+      )
+      output = guidance.classifier_free(*guidance.separate(output), options.guidance)
+      alpha, sigma = self.process.alpha(t), self.process.sigma(t)
+      prediction = self.parameterization.predict(x, output, alpha, sigma)
+      return solvers.thresholded(prediction, x, alpha, sigma) if options.clip else prediction
+
+    shape = (self.resolution, self.resolution, 3)
+    x_0 = solvers.solve(solver, self.process, predict, keys, shape, options.steps)
+    return jnp.clip(x_0, -1.0, 1.0)

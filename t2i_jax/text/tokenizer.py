@@ -1,0 +1,130 @@
+"""A byte-level BPE tokenizer, trained on a data set's captions and kept in the export."""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from t2i_jax.errors import UserError
+
+PAD, START, END = 0, 1, 2
+SPECIAL_TOKENS = ("<pad>", "<start>", "<end>")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+  """Captions to ids: `<start> tokens <end>` and padding, or cut to fit.
+
+  Attributes:
+    definition: the `tokenizers` library's JSON.
+    length: tokens a caption takes, the two markers included.
+  """
+
+  definition: str
+  length: int
+
+  @cached_property
+  def _backend(self):
+    from tokenizers import Tokenizer as Backend
+
+    backend = Backend.from_str(self.definition)
+    backend.no_padding()
+    backend.no_truncation()
+    return backend
+
+  @property
+  def vocab_size(self) -> int:
+    """Ids that the tokenizer can give."""
+    return self._backend.get_vocab_size()
+
+  def encode(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
+    """`ids` int32 [n, length] and `mask` bool [n, length] of n captions."""
+    ids = np.full((len(captions), self.length), PAD, np.int32)
+    mask = np.zeros(ids.shape, bool)
+    for row, encoding in enumerate(self._backend.encode_batch(list(captions))):
+      tokens = [START, *encoding.ids[: self.length - 2], END]
+      ids[row, : len(tokens)] = tokens
+      mask[row, : len(tokens)] = True
+    return {"ids": ids, "mask": mask}
+
+  def truncated(self, caption: str) -> str | None:
+    """What is cut off the end of `caption`, or None when it fits."""
+    encoding = self._backend.encode(caption)
+    kept = self.length - 2
+    if len(encoding.ids) <= kept:
+      return None
+    return caption[encoding.offsets[kept][0] :].strip()
+
+  def to_json(self) -> str:
+    """The tokenizer as text that `from_json` reads."""
+    return json.dumps({"length": self.length, "definition": json.loads(self.definition)})
+
+  @classmethod
+  def from_json(cls, text: str) -> "Tokenizer":
+    """Reads what `to_json` wrote.
+
+    Raises:
+      ValueError: for anything else.
+    """
+    try:
+      content = json.loads(text)
+      return cls(json.dumps(content["definition"]), int(content["length"]))
+    except (KeyError, TypeError) as error:
+      raise ValueError(f"no tokenizer written by this project: missing {error}") from error
+
+  @classmethod
+  def load(cls, path: Path) -> "Tokenizer":
+    """Reads a tokenizer file.
+
+    Raises:
+      UserError: where there is none, or another file's content.
+    """
+    try:
+      return cls.from_json(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+      raise UserError(f"no tokenizer at {path}; the folder is not whole") from None
+    except ValueError as error:
+      raise UserError(f"{path} is not a tokenizer of this project: {error}") from None
+
+
+def null_text(length: int) -> dict[str, np.ndarray]:
+  """`ids` and `mask` [length] of the empty prompt, the same for every tokenizer trained here."""
+  ids = np.full((length,), PAD, np.int32)
+  ids[:2] = START, END
+  return {"ids": ids, "mask": ids != PAD}
+
+
+def train_tokenizer(captions: Iterable[str], vocab_size: int, length: int) -> Tokenizer:
+  """Trains byte-level BPE (Sennrich et al. 2016; Radford et al. 2019, 2.2) on captions.
+
+  Lower-cases, so that "A red circle" and "a red circle" are the same prompt.
+  Every text can be encoded, whatever its script, as all 256 bytes have ids.
+
+  Raises:
+    UserError: when `vocab_size` cannot hold the bytes and the markers.
+  """
+  from tokenizers import Tokenizer as Backend
+  from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+  smallest = 256 + len(SPECIAL_TOKENS)
+  if vocab_size < smallest:
+    raise UserError(f"text.vocab_size={vocab_size} is too small; use at least {smallest}")
+  backend = Backend(models.BPE())
+  backend.normalizer = normalizers.Sequence(
+    [normalizers.NFC(), normalizers.Lowercase(), normalizers.Strip()]
+  )
+  backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+  backend.decoder = decoders.ByteLevel()
+  backend.train_from_iterator(
+    captions,
+    trainers.BpeTrainer(
+      vocab_size=vocab_size,
+      special_tokens=list(SPECIAL_TOKENS),
+      initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+      show_progress=False,
+    ),
+  )
+  return Tokenizer(backend.to_str(), length)

@@ -1,0 +1,93 @@
+"""Everything that training changes, in one tree."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from t2i_jax.errors import UserError
+from t2i_jax.systems import base
+from t2i_jax.systems.base import Batch, System
+
+
+@struct.dataclass
+class State:
+  """The state that a step takes and returns.
+
+  Nothing random is stored: every draw is a function of (seed, step).
+
+  Attributes:
+    step: int32 scalar, steps done.
+    params: trained parameters by group, float32.
+    ema: their moving averages, for the groups that an export needs.
+    optimizer: optax state by player.
+    updates: int32, updates done, by player.
+    collections: `{collection: {group: tree}}` of trained groups.
+    frozen: variables of the groups that components brought. They are stored
+      once a run and not in its checkpoints.
+  """
+
+  step: jax.Array
+  params: dict[str, Any]
+  ema: dict[str, Any]
+  optimizer: dict[str, Any]
+  updates: dict[str, jax.Array]
+  collections: dict[str, dict[str, Any]]
+  frozen: dict[str, dict[str, Any]]
+
+  def variables(self, ema: bool = False) -> dict[str, dict[str, Any]]:
+    """All variables, as systems take them; with `ema`, averages where they exist."""
+    params = {**self.params, **(self.ema if ema else {})}
+    return base.merge(self.collections, {"params": params}, self.frozen)
+
+
+def create(
+  system: System,
+  optimizers: dict[str, optax.GradientTransformation],
+  seed: int,
+  batch: Batch,
+  frozen: dict[str, dict[str, Any]],
+  average: bool,
+) -> State:
+  """A fresh state; a pure function, to be traced or run under `jit`.
+
+  Args:
+    system: whose `init` makes the trained groups' variables from `batch`.
+    optimizers: by player.
+    seed: of the run.
+    batch: the first real batch.
+    frozen: variables of the components.
+    average: whether an EMA is kept.
+  """
+  rng = base.fold_name(jax.random.key(seed), "init")
+  variables = base.merge(system.init(rng, batch, frozen))
+  params = variables.pop("params")
+  _check_groups(system, params, frozen)
+  return State(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    # A copy: a donated state must not hold one buffer twice.
+    ema=jax.tree.map(jnp.copy, {g: params[g] for g in system.ema_groups}) if average else {},
+    optimizer={
+      player.name: optimizers[player.name].init({g: params[g] for g in player.trains})
+      for player in system.players
+    },
+    updates={player.name: jnp.zeros((), jnp.int32) for player in system.players},
+    collections=variables,
+    frozen=frozen,
+  )
+
+
+def _check_groups(system: System, params: dict[str, Any], frozen: dict) -> None:
+  """Every trained group belongs to exactly one player, and none is frozen too."""
+  trained = [name for player in system.players for name in player.trains]
+  if sorted(trained) != sorted(params):
+    raise UserError(
+      f"{type(system).__name__}: the players train {sorted(trained)}, "
+      f"but init made the groups {sorted(params)}"
+    )
+  both = sorted(set(params) & set(frozen.get("params", {})))
+  if both:
+    raise UserError(f"{type(system).__name__}: groups {both} are both trained and frozen")

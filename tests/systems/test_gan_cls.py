@@ -1,0 +1,244 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from t2i_jax.errors import UserError
+from t2i_jax.systems import base
+from t2i_jax.systems.conditioning import TextConditioner
+from t2i_jax.systems.gan.gan_cls import GANCLS, Options
+
+SYSTEM = GANCLS(
+  TextConditioner(encoder="lstm", length=6, vocab_size=32, width=8),
+  16, noise_size=4, text_size=4, generator_channels=4, discriminator_channels=4,
+)  # fmt: skip
+KEY = jax.random.key(3)
+STEP = jnp.int32(0)
+
+
+def make_batch(rows, seed=0):
+  random = np.random.default_rng(seed)
+  ids = random.integers(3, 32, (rows, 6))
+  mask = np.arange(6) < random.integers(2, 7, (rows, 1))
+  image = random.integers(0, 256, (rows, 16, 16, 3), dtype=np.uint8)
+  return {"image": image, "text": {"text_encoder": {"ids": np.where(mask, ids, 0), "mask": mask}}}
+
+
+def with_captions(batch, rows):
+  return {**batch, "text": jax.tree.map(lambda x: x[rows], batch["text"])}
+
+
+def filled(shapes, seed=9):
+  """Random variables of given shapes, none at its initial zero, which would hide
+  what depends on what; drawing them so compiles nothing."""
+  random = np.random.default_rng(seed)
+
+  def draw(path, leaf):
+    around = 1.0 if path[-1].key in ("scale", "var") else 0.0
+    return jnp.asarray(around + 0.3 * random.uniform(-1, 1, leaf.shape), leaf.dtype)
+
+  return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+@pytest.fixture(scope="module")
+def variables():
+  return filled(jax.eval_shape(SYSTEM.init, jax.random.key(0), make_batch(4)))
+
+
+def moved(old, new):
+  changed = jax.tree.map(lambda a, b: bool(np.any(np.asarray(a) != np.asarray(b))), old, new)
+  return all(jax.tree.leaves(changed))
+
+
+def test_players_and_groups(variables):
+  discriminator, generator = SYSTEM.players
+  assert (discriminator.name, generator.name) == ("discriminator", "generator")
+  assert sorted(discriminator.trains + generator.trains) == sorted(variables["params"])
+  assert SYSTEM.ema_groups == ("text_encoder", "generator")
+  assert isinstance(SYSTEM, base.Sampler) and isinstance(SYSTEM, base.Evaluated)
+
+
+def test_each_player_has_gradients_and_statistics_of_its_own(variables):
+  batch = make_batch(4)
+  for player, own in zip(SYSTEM.players, ("discriminator", "generator"), strict=True):
+    gradients, aux = player.gradients(variables, batch, KEY, STEP)
+    assert set(gradients) == set(player.trains)
+    assert all(optax.global_norm(g) > 0 for g in gradients.values())
+    assert set(aux.collections) == {"batch_stats"} and set(aux.collections["batch_stats"]) == {own}
+    assert moved(variables["batch_stats"][own], aux.collections["batch_stats"][own])
+
+
+def test_discriminator_loss_is_the_matching_aware_triplet(variables):
+  loss, aux = SYSTEM.discriminator_loss(variables, make_batch(4), KEY, STEP)
+  terms = aux.metrics
+  np.testing.assert_allclose(loss, terms["real"] + 0.5 * (terms["mismatch"] + terms["fake"]), rtol=1e-6)
+
+
+def test_mismatch_is_the_real_picture_with_another_caption(variables):
+  batch = make_batch(2)
+  sentence = SYSTEM._sentence(variables, batch)
+  fake = jnp.zeros((2, 16, 16, 3))
+  logits, _ = SYSTEM._triplet(variables, batch, fake, sentence, KEY, train=False)
+  swapped, _ = SYSTEM._triplet(variables, batch, fake, sentence[::-1], KEY, train=False)
+  np.testing.assert_allclose(logits["mismatch"], swapped["real"], rtol=1e-5)
+  np.testing.assert_allclose(logits["real"], swapped["mismatch"], rtol=1e-5)
+  assert np.abs(logits["mismatch"] - logits["real"]).min() > 1e-5
+
+
+def test_equal_captions_are_no_mismatch(variables):
+  batch = with_captions(make_batch(4), np.array([0, 0, 0, 0]))
+  _, aux = SYSTEM.discriminator_loss(variables, batch, KEY, STEP)
+  assert aux.metrics["mismatch"] == 0
+  half = with_captions(make_batch(4), np.array([0, 1, 0, 1]))
+  kept = {tuple(np.asarray(SYSTEM._differs(half, jax.random.key(k)))) for k in range(8)}
+  assert kept == {(True,) * 4, (False,) * 4}  # rolled by an odd number of rows, or by two
+
+
+def test_masked_rows_do_not_weigh(variables):
+  batch = with_captions(make_batch(4), np.array([0, 0, 0, 1]))
+  differs = np.asarray(SYSTEM._differs(batch, KEY))
+  assert 0 < differs.sum() < 4
+  sentence = SYSTEM._sentence(variables, batch)
+  fake, _ = SYSTEM._generate(variables, sentence, KEY)
+  logits, _ = SYSTEM._triplet(variables, batch, fake, sentence, KEY)
+  _, aux = SYSTEM.discriminator_loss(variables, batch, KEY, STEP)
+  expected = np.log1p(np.exp(logits["mismatch"]))[differs].mean()
+  np.testing.assert_allclose(aux.metrics["mismatch"], expected, rtol=1e-5)
+  held_out = SYSTEM.evaluation_loss(variables, batch, KEY)["mismatch"]
+  np.testing.assert_allclose(held_out.mean(), held_out[differs].mean(), rtol=1e-5)
+
+
+def test_interpolation_trains_the_generator_between_captions(variables):
+  batch = make_batch(4)
+  loss, aux = SYSTEM.generator_loss(variables, batch, KEY, STEP)
+  np.testing.assert_allclose(loss, aux.metrics["fake"] + aux.metrics["interpolated"], rtol=1e-6)
+  plain = dataclasses.replace(SYSTEM, interpolation=0.0)
+  np.testing.assert_allclose(plain.generator_loss(variables, batch, KEY, STEP)[0], aux.metrics["fake"])
+  # All of the first caption is the caption itself.
+  whole = dataclasses.replace(SYSTEM, mixing=1.0)
+  _, aux = whole.generator_loss(variables, batch, KEY, STEP)
+  np.testing.assert_allclose(aux.metrics["interpolated"], aux.metrics["fake"], rtol=1e-5)
+
+
+def test_label_smoothing_is_one_sided(variables):
+  batch = make_batch(4)
+  smooth = dataclasses.replace(SYSTEM, label_smoothing=0.1)
+  _, plain = SYSTEM.discriminator_loss(variables, batch, KEY, STEP)
+  _, aux = smooth.discriminator_loss(variables, batch, KEY, STEP)
+  assert aux.metrics["real"] != plain.metrics["real"]
+  assert aux.metrics["fake"] == plain.metrics["fake"]
+  assert aux.metrics["mismatch"] == plain.metrics["mismatch"]
+
+
+def test_lazy_penalty_comes_at_its_steps_and_is_of_each_picture(variables):
+  batch = make_batch(2)
+  system = dataclasses.replace(SYSTEM, r1_weight=3.0, r1_every=4)
+  penalties = [
+    float(system.discriminator_loss(variables, batch, KEY, jnp.int32(s))[1].metrics["r1"])
+    for s in range(5)
+  ]
+  assert penalties[1:4] == [0.0, 0.0, 0.0] and penalties[0] == penalties[4] > 0
+  own = base.group(variables, "discriminator")
+  sentence, image = SYSTEM._sentence(variables, batch), base.normalize_images(batch["image"])
+
+  def score(x, text):
+    return SYSTEM.discriminator.apply(own, x[None], text[None], train=False)[0]
+
+  squares = jnp.sum(jnp.square(jax.vmap(jax.grad(score))(image, sentence)), axis=(1, 2, 3))
+  np.testing.assert_allclose(penalties[0], 4 * 1.5 * squares.mean(), rtol=1e-4)
+
+
+def test_simultaneous_play_has_the_losses_of_both(variables):
+  batch = make_batch(4)
+  system = dataclasses.replace(SYSTEM, play="simultaneous", r1_weight=1.0)
+  assert system.simultaneous and not SYSTEM.simultaneous
+  losses, aux = system.joint_losses(variables, batch, KEY, STEP)
+  for player in system.players:
+    loss, own = player.loss(variables, batch, KEY, STEP)
+    np.testing.assert_allclose(losses[player.name], loss, rtol=1e-5)
+    for name, value in own.metrics.items():
+      np.testing.assert_allclose(aux.metrics[f"{player.name}/{name}"], value, rtol=1e-5)
+  assert set(aux.collections["batch_stats"]) == {"discriminator", "generator"}
+
+  # Each loss's gradients of its own groups are those of alternating play, too.
+  def joint(params):
+    return system.joint_losses(base.with_params(variables, params), batch, KEY, STEP)[0]
+
+  jacobian = jax.jacrev(joint)(variables["params"])
+  for player in system.players:
+    gradients, _ = player.gradients(variables, batch, KEY, STEP)
+    for group, expected in gradients.items():
+      jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5),
+        jacobian[player.name][group], expected,
+      )
+
+
+def test_samples_depend_on_text_and_key_but_not_on_the_batch(variables):
+  batch = make_batch(4)
+  keys = base.picture_keys(0, jnp.arange(4))
+
+  def sample(batch, keys, temperature=1.0):
+    return SYSTEM.sample(
+      variables, SYSTEM.condition(variables, batch), keys, Options(temperature=temperature)
+    )
+
+  images = sample(batch, keys)
+  assert images.shape == (4, 16, 16, 3) and np.abs(images).max() <= 1
+  first = jax.tree.map(lambda x: x[:1], batch)
+  np.testing.assert_allclose(sample(first, keys[:1]), images[:1], atol=1e-5)
+  assert np.abs(sample(first, keys[1:2]) - images[:1]).max() > 1e-3
+  assert np.abs(sample(make_batch(4, seed=1), keys) - images).max() > 1e-3
+  np.testing.assert_array_equal(sample(first, keys[:1], 0.0), sample(first, keys[1:2], 0.0))
+
+
+def precomputed():
+  text = TextConditioner(encoder="precomputed", null_embedding={"pooled": np.zeros((1, 5), "f4")})
+  return dataclasses.replace(SYSTEM, text=text)
+
+
+def test_precomputed_embeddings_take_the_place_of_the_encoder():
+  system = precomputed()
+  batch = {"image": make_batch(4)["image"], "text_embedding": {"pooled": np.eye(4, 5, dtype="f4")}}
+  variables = filled(jax.eval_shape(system.init, jax.random.key(0), batch))
+  assert set(variables["params"]) == {"generator", "discriminator"}
+  assert np.all(np.asarray(system._differs(batch, KEY)))
+  assert set(system.batch_spec()) == {"image", "text_embedding/pooled"}
+
+
+def test_the_generators_forward_pass_is_merged_between_the_players():
+  system = dataclasses.replace(precomputed(), interpolation=0.0)
+  batch = {"image": make_batch(4)["image"], "text_embedding": {"pooled": np.eye(4, 5, dtype="f4")}}
+  variables = filled(jax.eval_shape(system.init, jax.random.key(0), batch))
+
+  def flops(f):
+    return jax.jit(f).lower(variables).compile().cost_analysis()["flops"]
+
+  discriminator, generator = system.players
+  alone = [flops(lambda v, p=p: p.gradients(v, batch, KEY, STEP)) for p in (discriminator, generator)]
+
+  def alternating(variables):
+    gradients, aux = discriminator.gradients(variables, batch, KEY, STEP)
+    trained = jax.tree.map(
+      lambda p, g: p - 0.1 * g, variables["params"]["discriminator"], gradients["discriminator"]
+    )
+    variables = base.merge(
+      base.with_params(variables, {"discriminator": trained}), aux.collections
+    )
+    return trained, generator.gradients(variables, batch, KEY, STEP)
+
+  sentence = jnp.eye(4, 5)
+  forward = flops(lambda v: system._generate(v, sentence, KEY)[0])
+  assert flops(alternating) < sum(alone) - 0.8 * forward
+
+
+@pytest.mark.parametrize(
+  "wrong", [{"resolution": 48}, {"play": "simultanous"}, {"label_smoothing": 1.0}, {"r1_every": 0}]
+)
+def test_wrong_settings_are_named(wrong):
+  (name,) = wrong
+  with pytest.raises(UserError, match=f"model.{name}"):
+    dataclasses.replace(SYSTEM, **wrong)
