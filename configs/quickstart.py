@@ -2,16 +2,19 @@
 
   python -m t2i_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
-It is `configs/ddpm.py`'s system with other numbers: pictures of one object
-from the procedural scenes, 32 px.
+The system of `configs/ddpm.py` on pictures of one object (32 px), with what
+makes it learn fastest: the network predicts x_0, and its error is weighted as
+that of v. At the end it is scored on captions that it never saw.
 """
 
 from t2i_jax import recipe
 from t2i_jax.config import choose, parse_arg
 
 SIZES = {
-  "small": dict(channels=32, multipliers=(1, 2, 4), attention_levels=(1, 2)),
-  "tiny": dict(channels=16, multipliers=(1, 2), attention_levels=(1,)),
+  "small": dict(channels=32, multipliers=(1, 2, 4), attention_levels=(1, 2), groups=16,
+                resolution=32),
+  "tiny": dict(channels=16, multipliers=(1, 2), attention_levels=(1,), groups=8, resolution=16,
+               steps=50),
 }
 
 
@@ -19,8 +22,22 @@ def get_config(arg=None):
   arg = parse_arg(arg, size="small", dataset="scenes")
   config = recipe.base("ddpm", arg.dataset)
   config.model.update(
-    resolution=32, schedule="cosine", prediction="x0", weighting="v", density="stratified",
-    blocks=1, head_channels=32, groups=16, patch=2, coordinates=3,
-    **choose("size", arg.size, SIZES),
+    schedule="cosine", prediction="x0", weighting="v", density="stratified", blocks=1,
+    head_channels=32, patch=2, coordinates=3, **choose("size", arg.size, SIZES),
   )
+  config.text.update(length=16, pool="flatten")
+  config.train.update(duration="1500 steps", batch_size=32)
+  config.optimizer.update(
+    learning_rate=1.5e-3, b2=0.99, weight_decay=0.01, schedule="cosine", warmup="100 steps"
+  )
+  config.ema.decay = 0.999
+  config.log.every = "50 steps"
+  config.sample.options.update(steps=25)
+  if arg.size == "tiny":
+    config.text.update(width=32, layers=1, heads=2, vocab_size=300)
+    config.train.update(duration="4 steps", batch_size=8)
+    config.optimizer.warmup = "2 steps"
+    config.sample.update(count=4)
+    config.sample.options.update(steps=4)
+    config.log.every = "1 steps"
   return config

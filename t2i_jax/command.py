@@ -37,13 +37,27 @@ def parser(name: str, purpose: str, *examples: str) -> argparse.ArgumentParser:
 
 def run(parser: argparse.ArgumentParser, argv: list[str] | None,
         action: Callable[[argparse.Namespace], None]) -> None:
-  """Parses and acts; a `UserError` becomes one line and exit status 2."""
+  """Parses and acts; what the user or the machine did becomes one line and exit status 2."""
   try:
     action(parser.parse_args(argv))
   except UserError as error:
     exit_with(error)
+  except KeyboardInterrupt:
+    print("interrupted", file=sys.stderr)
+    sys.exit(130)
   except BrokenPipeError:
     sys.exit(1)
+  except OSError as error:
+    exit_with(UserError(f"cannot read or write {error.filename or 'a file'}: "
+                        f"{error.strerror or error}; check its permissions and the space left"))
+  except Exception as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    exit_with(UserError(
+      "the devices' memory does not hold this: use a smaller batch (train.batch_size, or "
+      "--batch-size), more microbatches (train.accumulate) or more devices (mesh.fsdp); "
+      f"{str(error).splitlines()[0][:200]}"
+    ))
 
 
 def set_up_jax() -> None:
@@ -57,6 +71,12 @@ def set_up_jax() -> None:
   from t2i_jax.parallel import distributed
 
   distributed.initialize()
+  try:
+    jax.devices()
+  except (RuntimeError, AssertionError) as error:  # jax asserts that some platform was found
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    raise UserError(f"no devices for JAX_PLATFORMS='{platforms}'; unset it, or install jax for them:"
+                    f" {error}") from error
   folder = cache_directory() / "compiled"
   try:
     folder.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,8 @@ unknown key, argument or value is an error that names the nearest valid one.
 import ast
 import importlib.util
 import json
+import math
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,19 @@ DURATIONS = (
   "log.every",
   "sample.every",
   "evaluate.every",
+)
+# Numbers that are not any number: key, lowest, highest.
+RANGES = (
+  ("seed", 0, 2**32 - 1),
+  ("data.workers", 0, math.inf),
+  ("data.memory_limit_mb", 0, math.inf),
+  ("data.prefetch", 1, math.inf),
+  ("train.accumulate", 1, math.inf),
+  ("ema.decay", 0, 1),
+  ("checkpoint.keep_last", 1, math.inf),
+  ("sample.count", 1, math.inf),
+  ("sample.seed", 0, 2**32 - 1),
+  ("evaluate.batches", 1, math.inf),
 )
 UNITS = ("steps", "epochs", "examples", "%")
 MULTIPLES = {"k": 1e3, "M": 1e6, "B": 1e9}
@@ -44,7 +59,7 @@ def shared_sections() -> ConfigDict:
         "prefetch": 2,  # Batches moved to the devices ahead of time.
       },
       "train": {
-        "duration": 1000,
+        "duration": "1000 steps",
         "batch_size": 32,  # Global: all devices and hosts together.
         "accumulate": 1,  # Microbatches a batch is cut into.
       },
@@ -57,7 +72,7 @@ def shared_sections() -> ConfigDict:
         "weight_decay": 0.0,
         "clip_norm": 1.0,  # Of the gradient's global norm; 0 for none.
         "schedule": "constant",
-        "warmup": 0,
+        "warmup": "0 steps",
         "final_fraction": 0.0,  # Of the learning rate, at the schedule's end.
         "multipliers": (),  # (regex of a parameter's path, factor) pairs.
       },
@@ -72,12 +87,12 @@ def shared_sections() -> ConfigDict:
       "mesh": {"slice": 1, "data": -1, "fsdp": 1, "sequence": 1, "tensor": 1},
       # (regex of a path, rule); the first that matches decides. See parallel/sharding.py.
       "sharding": {"rules": ((".*", "fsdp"),)},
-      "checkpoint": {"every": "10%", "keep_last": 2, "keep_every": 0},
-      "log": {"every": 10},
+      "checkpoint": {"every": "10%", "keep_last": 2, "keep_every": "0 steps"},
+      "log": {"every": "10 steps"},
       # Pictures drawn during training, always from the same seed and prompts.
       "sample": {"every": "25%", "count": 16, "seed": 0, "prompts": (), "options": {}},
       # Held-out loss during training; 0 for none.
-      "evaluate": {"every": 0, "batches": 8},
+      "evaluate": {"every": "0 steps", "batches": 8},
       # Exports that the system is built on: {"first_stage": PATH, ...}.
       "components": {},
       # Where parameters start: another run's checkpoint, or an export to fine-tune.
@@ -121,23 +136,51 @@ def load_config(spec: str, overrides: Mapping[str, str] | None = None) -> Config
   """Loads `FILE.py` or `FILE.py:ARG` and applies overrides by dotted key.
 
   Raises:
-    UserError: for a missing file, an argument or key that does not exist, or a
-      value of another type than the one it replaces.
+    UserError: for a missing file or one whose code fails, an argument or key
+      that does not exist, or a value of another type than the one it replaces.
   """
   path, _, arg = spec.partition(":")
   if not Path(path).is_file():
     folder = Path(path).parent
     there = [str(p) for p in folder.glob("*.py")] if folder.is_dir() else []
     raise UserError(f"no config file at '{path}'{nearest(path, there)}")
-  module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-  module = importlib.util.module_from_spec(module_spec)
-  module_spec.loader.exec_module(module)
-  if not hasattr(module, "get_config"):
-    raise UserError(f"'{path}' has no get_config(arg), so it is not a config")
-  config = module.get_config(arg or None)
+  config = _run_file(path, arg or None)
   for key, text in (overrides or {}).items():
     override(config, key, text)
+  check_ranges(config)
   return config
+
+
+def _run_file(path: str, arg: str | None) -> ConfigDict:
+  """What `get_config(arg)` of a Python file returns."""
+  module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+  if module_spec is None:
+    raise UserError(f"'{path}' is no Python file, so it is not a config")
+  module = importlib.util.module_from_spec(module_spec)
+  try:
+    module_spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+      raise UserError(f"'{path}' has no get_config(arg), so it is not a config")
+    config = module.get_config(arg)
+  except UserError:
+    raise
+  except Exception as error:  # Whatever the user's code may raise.
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+    where = f", line {lines[-1]}" if lines else ""
+    raise UserError(f"{path}{where}: {type(error).__name__}: {error}") from error
+  if not isinstance(config, ConfigDict) or not set(shared_sections()) <= set(config):
+    raise UserError(f"{path}: get_config returns no config that begins as recipe.base(...)")
+  return config
+
+
+def check_ranges(config: ConfigDict) -> None:
+  """Raises UserError for a number that makes no sense, whatever the system."""
+  for key, low, high in RANGES:
+    section, _, last = key.rpartition(".")
+    value = (config[section] if section else config)[last]
+    if not low <= value <= high:
+      limit = f"at least {low}" if high == math.inf else f"{low} to {high}"
+      raise UserError(f"config key {key}={value} is out of range; set {limit}")
 
 
 def override(config: ConfigDict, key: str, text: str) -> None:
@@ -151,20 +194,24 @@ def override(config: ConfigDict, key: str, text: str) -> None:
       return
     raise unknown("config key", key, flat)
   if key not in flat:
-    raise UserError(f"config key '{key}' is a section; set one of its keys: "
-                    f"{', '.join(k for k in flat if k.startswith(key + '.'))}")
-  old = flat[key]
-  if key in DURATIONS:
-    value = int(text) if text.isdigit() else text
-    parse_duration(value, key)
-  else:
-    value = typed(f"config key {key}", text, old)
+    inside = ", ".join(k for k in flat if k.startswith(key + ".")) or f"{key}.NAME"
+    raise UserError(f"config key '{key}' is a section; set one of its keys: {inside}")
+  value = _parsed(key, text, flat[key])
   section = config
   *parents, last = key.split(".")
   for parent in parents:
     section = section[parent]
   with section.ignore_type():
     section[last] = value
+
+
+def _parsed(key: str, text: str, old: Any) -> Any:
+  """The value of a key from the command line's text."""
+  if key in DURATIONS or (key.startswith("players.") and key.endswith(".warmup")):
+    value = int(text) if text.isdecimal() else text
+    parse_duration(value, key)
+    return value
+  return typed(f"config key {key}", text, old)
 
 
 def _is_section(config: ConfigDict, key: str) -> bool:
@@ -185,8 +232,7 @@ def _set_free(config: ConfigDict, key: str, text: str) -> None:
       raise unknown("optimizer option", last, config.optimizer)
     if parents[1] not in config.players:
       config.players[parents[1]] = ConfigDict()
-    value = typed(f"config key {key}", text, config.optimizer[last])
-    config.players[parents[1]][last] = value
+    config.players[parents[1]][last] = _parsed(key, text, config.optimizer[last])
   else:
     config.components[last] = text
 
@@ -231,27 +277,44 @@ def typed(what: str, text: str, old: Any) -> Any:
   """`text` as a value of `old`'s type; None takes any literal."""
   if isinstance(old, str):
     return text
-  try:
-    value = ast.literal_eval(text)
-  except (ValueError, SyntaxError):
-    lower = {"true": True, "false": False, "none": None}
-    value = lower.get(text.lower(), text)
+  if isinstance(old, tuple):
+    return _typed_tuple(what, text, old)
+  value = _literal(text)
   if isinstance(old, bool):
     if isinstance(value, bool):
       return value
   elif isinstance(old, float):
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
       return float(value)
   elif isinstance(old, int):
     if isinstance(value, int) and not isinstance(value, bool):
       return value
-  elif isinstance(old, tuple):
-    if isinstance(value, list | tuple):
-      return _tuples(list(value))
-    return tuple(part.strip() for part in text.split(",") if part.strip())
   elif old is None:
     return value
   raise UserError(f"{what}={text}: expected {type(old).__name__}, such as {old!r}")
+
+
+def _literal(text: str) -> Any:
+  """The Python literal that `text` spells, else `text` itself."""
+  try:
+    return ast.literal_eval(text)
+  except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+    return {"true": True, "false": False, "none": None}.get(text.lower(), text)
+
+
+def _typed_tuple(what: str, text: str, old: tuple) -> tuple:
+  """`1,2`, `a, b`, `'one, with a comma'` or any literal, with elements like `old`'s."""
+  value = _literal(text)
+  if isinstance(value, list | tuple):
+    parts = list(value)
+  elif isinstance(value, str) and value != text:  # it was quoted
+    parts = [value]
+  else:
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+  nested = any(isinstance(part, list | tuple) for part in parts)
+  if nested or (old and isinstance(old[0], tuple)):
+    return _tuples(parts)
+  return tuple(typed(what, str(part), old[0] if old else "") for part in parts)
 
 
 def parse_duration(value: int | float | str, key: str) -> tuple[float, str]:
@@ -275,7 +338,7 @@ def parse_duration(value: int | float | str, key: str) -> tuple[float, str]:
       amount = float(number[:-1] if factor != 1.0 else number) * factor
     except ValueError:
       amount = -1.0
-    if unit in UNITS and amount >= 0 and len(text.split(" ")) <= 2:
+    if unit in UNITS and 0 <= amount < math.inf and len(text.split(" ")) <= 2:
       return amount, unit
   raise UserError(
     f"{key}={value!r} is not a duration; write steps as an integer, or "

@@ -16,7 +16,7 @@ class UserError(Exception):
 def nearest(word: str, valid: Iterable[str]) -> str:
   """`; did you mean 'x'?` for the valid name closest to `word`, else the list."""
   valid = sorted(str(v) for v in valid)
-  close = difflib.get_close_matches(word, valid, n=1, cutoff=0.5)
+  close = difflib.get_close_matches(str(word), valid, n=1, cutoff=0.5)
   if close:
     return f"; did you mean '{close[0]}'?"
   return f"; valid: {', '.join(valid)}" if valid else ""
@@ -28,6 +28,6 @@ def unknown(kind: str, word: str, valid: Iterable[str]) -> UserError:
 
 
 def exit_with(error: UserError) -> NoReturn:
-  """Prints the error's line on stderr and exits with status 2."""
-  print(f"error: {error}", file=sys.stderr)
+  """Prints the error on stderr, in one line whatever it quotes, and exits with status 2."""
+  print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
   sys.exit(2)

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from t2i_jax.diffusion.process import expand
+
 Array = jax.Array
 
 
@@ -10,12 +12,11 @@ def classifier_free(conditional: Array, unconditional: Array, scale: Array) -> A
   """unconditional + scale (conditional - unconditional).
 
   Ho and Salimans 2022, equation 6, in the convention where scale 1 is the
-  conditional model alone (their w + 1). Outputs are linear in the score for
-  every parameterization, so any of them may be guided. `scale` is a scalar or
-  [B].
+  conditional model alone (their w + 1). Outputs are affine in the score for
+  every parameterization, and the two factors add up to 1, so any of them may
+  be guided. `scale` is a scalar or [B].
   """
-  scale = jnp.asarray(scale, conditional.dtype)
-  scale = scale.reshape(scale.shape + (1,) * (conditional.ndim - scale.ndim)) if scale.ndim else scale
+  scale = expand(jnp.asarray(scale, conditional.dtype), conditional.ndim)
   return unconditional + scale * (conditional - unconditional)
 
 

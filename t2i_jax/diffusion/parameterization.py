@@ -1,4 +1,7 @@
-"""What the network's output means, and how it becomes a prediction of x_0 and noise."""
+"""What the network's output means, and how it becomes a prediction of x_0 and noise.
+
+For variance-preserving processes, alpha^2 + sigma^2 = 1, which `V` relies on.
+"""
 
 from typing import NamedTuple, Protocol
 

@@ -57,25 +57,56 @@ class DiscreteProcess:
     Ho et al. 2020, equations 6 and 7, with beta_t replaced by the variance
     that the process adds between s and t.
 
+    Args:
+      x_t, x_0: pictures [B, ...].
+      t, s: scalars, or [B].
+
     Returns:
       Mean, its variance ("fixed small"), and the variance added between s and
       t ("fixed large"), the two choices of section 3.2. At s = CLEAN the mean
-      is x_0 and the small variance 0.
+      is x_0 and the small variance 0. Both variances broadcast against x_t.
     """
-    alpha_t, sigma_t = self.alpha(t), self.sigma(t)
-    alpha_s, sigma_s = self.alpha(s), self.sigma(s)
-    alpha_ts = alpha_t / alpha_s
-    added = sigma_t**2 - alpha_ts**2 * sigma_s**2
-    mean = (alpha_ts * sigma_s**2 * x_t + alpha_s * added * x_0) / sigma_t**2
-    return mean, added * sigma_s**2 / sigma_t**2, added
+    ratio = expand(self._log_alpha(t, s), x_t.ndim)
+    alpha_s, sigma_s, sigma_t = (
+      expand(x, x_t.ndim) for x in (self.alpha(s), self.sigma(s), self.sigma(t))
+    )
+    added = -jnp.expm1(2.0 * ratio)
+    kept = (sigma_s / sigma_t) ** 2
+    mean = jnp.exp(ratio) * kept * x_t + alpha_s * (added / sigma_t**2) * x_0
+    return mean, added * kept, added
+
+  def _log_alpha(self, t: Array, s: Array) -> Array:
+    """log(alpha_t / alpha_s), to float32's relative precision.
+
+    The two logarithms of neighbours nearly cancel, so each is kept as a pair
+    of float32.
+    """
+    exact = 0.5 * np.log(self.alphas_cumprod)
+    high, low = self._table(exact, 0.0), self._table(exact - exact.astype(np.float32), 0.0)
+    return (high[t + 1] - high[s + 1]) + (low[t + 1] - low[s + 1])
 
   def _table(self, values: np.ndarray, clean: float) -> Array:
     return jnp.asarray(np.concatenate([[clean], values]), jnp.float32)
 
 
 def linear(steps: int = 1000, start: float = 1e-4, end: float = 0.02) -> DiscreteProcess:
-  """beta linear from `start` to `end` (Ho et al. 2020, section 4)."""
-  return DiscreteProcess(np.cumprod(1.0 - np.linspace(start, end, steps, dtype=np.float64)))
+  """beta linear from `start` to `end` (Ho et al. 2020, section 4).
+
+  These are for 1000 steps; for another number they are scaled so that the
+  process still ends in noise, where sampling begins.
+
+  Raises:
+    UserError: for so few steps that a beta would reach 1.
+  """
+  scale = 1000.0 / steps
+  if scale * end >= 1.0:
+    raise UserError(
+      f"a linear process of {steps} steps has a beta of {scale * end:g}; "
+      f"use more than {int(1000 * end)} steps, or the cosine schedule"
+    )
+  return DiscreteProcess(
+    np.cumprod(1.0 - scale * np.linspace(start, end, steps, dtype=np.float64))
+  )
 
 
 def cosine(steps: int = 1000, offset: float = 0.008, largest: float = 0.999) -> DiscreteProcess:

@@ -97,7 +97,7 @@ def spaced_times(process_steps: int, steps: int) -> np.ndarray:
   """
   if not 1 <= steps <= process_steps:
     raise UserError(f"steps={steps} is outside 1 to {process_steps}, the process's own steps")
-  return np.round(np.linspace(process_steps - 1, CLEAN, steps + 1)).astype(np.int32)
+  return np.round(np.linspace(process_steps, 0, steps + 1)).astype(np.int32) - 1
 
 
 def solve(

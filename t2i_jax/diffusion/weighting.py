@@ -21,7 +21,7 @@ WEIGHTINGS: dict[str, Weighting] = {
   "x0": lambda snr: jnp.ones_like(snr),
   # Salimans and Ho 2022, section 4, "SNR + 1": plain error of v.
   "v": lambda snr: 1.0 + snr,
-  # Hang et al. 2023, equation 8, with gamma = 5.
+  # Hang et al. 2023, min(SNR, gamma) with their gamma = 5.
   "min_snr": lambda snr: jnp.minimum(snr, 5.0),
 }
 

@@ -14,6 +14,7 @@ out, with one more level for the group:
 
 import abc
 import dataclasses
+import types
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
@@ -27,6 +28,7 @@ from t2i_jax.errors import UserError, unknown
 Array = jax.Array
 Batch = Mapping[str, Any]
 Variables = Mapping[str, Mapping[str, Any]]
+NO_VARIABLES: Variables = types.MappingProxyType({})
 
 
 @dataclasses.dataclass
@@ -154,7 +156,9 @@ class System(abc.ABC):
     return ()
 
   @abc.abstractmethod
-  def init(self, rng: Array, batch: Batch, frozen: Variables) -> dict[str, dict[str, Any]]:
+  def init(
+    self, rng: Array, batch: Batch, frozen: Variables = NO_VARIABLES
+  ) -> dict[str, dict[str, Any]]:
     """Fresh variables of the trained groups, from the first real batch.
 
     `frozen` holds the variables of the components, which a data-dependent

@@ -13,12 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from t2i_jax.errors import unknown
+from t2i_jax.errors import UserError, unknown
 from t2i_jax.systems import base
 from t2i_jax.systems.base import Array, Batch, Conditioning, Variables
 from t2i_jax.text.tokenizer import null_text
 
 GROUP = "text_encoder"
+ENCODERS = ("transformer", "lstm", "component", "precomputed")
+POOLS = ("mean", "flatten")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,15 +54,27 @@ class TextConditioner:
   dtype: Any = jnp.float32
 
   def __post_init__(self):
-    if self.encoder not in ("transformer", "lstm", "component", "precomputed"):
-      raise unknown(
-        "text encoder", self.encoder, ("transformer", "lstm", "component", "precomputed")
+    for kind, value, valid in (("encoder", self.encoder, ENCODERS), ("pool", self.pool, POOLS)):
+      if value not in valid:
+        raise unknown(f"text {kind}", value, valid)
+    if not 0.0 <= self.drop <= 1.0:
+      raise UserError(f"text.drop={self.drop} is no probability; use 0 to 1")
+    if self.encoder == "transformer" and self.width % self.heads:
+      raise UserError(
+        f"text.heads={self.heads} does not divide text.width={self.width}; change one of them"
       )
+    if self.encoder == "precomputed" and self.null_embedding is None:
+      raise UserError("text.encoder=precomputed needs the features of the empty caption too")
 
   @property
   def groups(self) -> tuple[str, ...]:
     """The group that a player must train, if the encoder is trained."""
     return (GROUP,) if self.encoder in ("transformer", "lstm") else ()
+
+  @property
+  def frozen_groups(self) -> tuple[str, ...]:
+    """The group that an export must hold, if the encoder is a component."""
+    return (GROUP,) if self.encoder == "component" else ()
 
   @property
   def network(self) -> nn.Module:
@@ -87,7 +101,7 @@ class TextConditioner:
     if self.encoder == "precomputed":
       return {
         f"text_embedding/{name}": base.Field(tuple(value.shape[1:]), str(value.dtype))
-        for name, value in (self.null_embedding or {}).items()
+        for name, value in self.null_embedding.items()
       }
     return {
       f"text/{GROUP}/ids": base.Field((self.length,), "int32"),
@@ -114,7 +128,7 @@ class TextConditioner:
   def with_null(self, variables: Variables, batch: Batch) -> Conditioning:
     """Conditioning that carries its own null, for guidance when sampling."""
     conditioning = self(variables, batch)
-    rows = conditioning.sequence.shape[0]
+    rows = jax.tree.leaves(conditioning)[0].shape[0]
     if self.encoder == "precomputed":
       null = {k: jnp.repeat(jnp.asarray(v), rows, 0) for k, v in self.null_embedding.items()}
       null = Conditioning(null.get("sequence"), null.get("mask"), null.get("pooled"))
@@ -125,7 +139,7 @@ class TextConditioner:
 
   def null_text(self, rows: int) -> dict[str, Array]:
     """`ids` and `mask` [rows, L] of the empty prompt."""
-    if self.component is not None:
+    if self.encoder == "component":
       text = self.component.null_text()
     else:
       text = null_text(self.length)

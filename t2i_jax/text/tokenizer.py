@@ -33,6 +33,8 @@ class Tokenizer:
     backend = Backend.from_str(self.definition)
     backend.no_padding()
     backend.no_truncation()
+    # "<end>" in a caption is five letters, not the marker.
+    backend.encode_special_tokens = True
     return backend
 
   @property
@@ -71,9 +73,14 @@ class Tokenizer:
     """
     try:
       content = json.loads(text)
-      return cls(json.dumps(content["definition"]), int(content["length"]))
+      tokenizer = cls(json.dumps(content["definition"]), int(content["length"]))
     except (KeyError, TypeError) as error:
-      raise ValueError(f"no tokenizer written by this project: missing {error}") from error
+      raise ValueError(f"it has no definition and length ({error})") from error
+    try:
+      tokenizer._backend  # noqa: B018
+    except Exception as error:  # The library raises nothing narrower.
+      raise ValueError(f"its definition cannot be read ({error})") from error
+    return tokenizer
 
   @classmethod
   def load(cls, path: Path) -> "Tokenizer":
@@ -86,6 +93,8 @@ class Tokenizer:
       return cls.from_json(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
       raise UserError(f"no tokenizer at {path}; the folder is not whole") from None
+    except OSError as error:
+      raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:
       raise UserError(f"{path} is not a tokenizer of this project: {error}") from None
 
@@ -104,7 +113,8 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, length: int) -> To
   Every text can be encoded, whatever its script, as all 256 bytes have ids.
 
   Raises:
-    UserError: when `vocab_size` cannot hold the bytes and the markers.
+    UserError: when `vocab_size` cannot hold the bytes and the markers, or
+      `length` no token beside the markers.
   """
   from tokenizers import Tokenizer as Backend
   from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
@@ -112,6 +122,8 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, length: int) -> To
   smallest = 256 + len(SPECIAL_TOKENS)
   if vocab_size < smallest:
     raise UserError(f"text.vocab_size={vocab_size} is too small; use at least {smallest}")
+  if length < 3:
+    raise UserError(f"text.length={length} leaves no room for a caption; use at least 3")
   backend = Backend(models.BPE())
   backend.normalizer = normalizers.Sequence(
     [normalizers.NFC(), normalizers.Lowercase(), normalizers.Strip()]

@@ -22,12 +22,14 @@ def filled(shapes, seed=9):
   return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
-def test_posterior_and_prior_start_standard_normal():
-  image, text = jnp.ones((2, 8, 8, 3)), jnp.ones((2, 5))
-  for network, args in ((Encoder(3, **SMALL), (image, text)), (Prior(3, 8), (text,))):
-    moments = jax.jit(lambda n=network, a=args: n.init_with_output(jax.random.key(0), *a)[0])()
-    for moment in moments:
-      assert moment.shape == (2, 3) and not np.any(moment)
+def test_moments_start_standard_normal():
+  for moment in MomentHead(3).init_with_output(jax.random.key(0), jnp.ones((2, 5)))[0]:
+    assert moment.shape == (2, 3) and not np.any(moment)
+  for network, inputs in ((Encoder(3, **SMALL), [(2, 8, 8, 3), (2, 5)]), (Prior(3, 8), [(2, 5)])):
+    arrays = [jnp.ones(shape) for shape in inputs]
+    moments, variables = jax.eval_shape(network.init_with_output, jax.random.key(0), *arrays)
+    assert [m.shape for m in moments] == [(2, 3), (2, 3)]
+    assert "moments" in variables["params"]["head"]
 
 
 def test_log_variances_are_bounded():

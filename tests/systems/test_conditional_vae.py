@@ -136,26 +136,23 @@ def test_samples_depend_on_text_and_key_but_not_on_the_batch(variables):
   np.testing.assert_array_equal(*cold)
 
 
-@pytest.mark.parametrize("likelihood, scale", [("gaussian", 0.0), ("discretized_logistic", 0.1)])
-def test_bound_improves(likelihood, scale):
-  system = dataclasses.replace(SYSTEM, likelihood=likelihood, scale=scale)
+@pytest.mark.parametrize("likelihood", ["gaussian", "discretized_logistic"])
+def test_bound_improves(likelihood, variables):
   batch = make_batch(4)
   batch["image"][:] = 200
-  variables = filled(jax.eval_shape(system.init, jax.random.key(0), batch))
-  (player,) = system.players
+  system = dataclasses.replace(SYSTEM, likelihood=likelihood)
+  same = likelihood == SYSTEM.likelihood
+  gradients_at = gradients_of if same else jax.jit(
+    lambda variables, batch: system.players[0].gradients(variables, batch, KEY, STEP)
+  )
   optimizer = optax.adam(1e-2)
-
-  @jax.jit
-  def step(params, state, i):
-    key = jax.random.fold_in(jax.random.key(0), i)
-    gradients, aux = player.gradients({"params": params}, batch, key, i)
-    updates, state = optimizer.update(gradients, state)
-    return optax.apply_updates(params, updates), state, aux.metrics
-
+  update = jax.jit(optimizer.update)
   params, state, bits = variables["params"], optimizer.init(variables["params"]), []
-  for i in range(15):
-    params, state, metrics = step(params, state, i)
-    bits.append(metrics["bits_per_dim"])
+  for _ in range(15):
+    gradients, aux = gradients_at({"params": params}, batch)
+    updates, state = update(gradients, state)
+    params = jax.tree.map(lambda p, u: np.asarray(p) + np.asarray(u), params, updates)
+    bits.append(float(aux.metrics["bits_per_dim"]))
   assert bits[-1] < bits[0] - 0.5
 
 

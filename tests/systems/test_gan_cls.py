@@ -48,6 +48,14 @@ def variables():
   return filled(jax.eval_shape(SYSTEM.init, jax.random.key(0), make_batch(4)))
 
 
+# One program each, for all tests of the system as it is.
+GRADIENTS = {player.name: jax.jit(player.gradients) for player in SYSTEM.players}
+
+
+def metrics_of(name, variables, batch):
+  return GRADIENTS[name](variables, batch, KEY, STEP)[1].metrics
+
+
 def moved(old, new):
   changed = jax.tree.map(lambda a, b: bool(np.any(np.asarray(a) != np.asarray(b))), old, new)
   return all(jax.tree.leaves(changed))
@@ -64,34 +72,33 @@ def test_players_and_groups(variables):
 def test_each_player_has_gradients_and_statistics_of_its_own(variables):
   batch = make_batch(4)
   for player, own in zip(SYSTEM.players, ("discriminator", "generator"), strict=True):
-    gradients, aux = player.gradients(variables, batch, KEY, STEP)
+    gradients, aux = GRADIENTS[player.name](variables, batch, KEY, STEP)
     assert set(gradients) == set(player.trains)
-    assert all(optax.global_norm(g) > 0 for g in gradients.values())
+    assert all(optax.tree.norm(g) > 0 for g in gradients.values())
     assert set(aux.collections) == {"batch_stats"} and set(aux.collections["batch_stats"]) == {own}
     assert moved(variables["batch_stats"][own], aux.collections["batch_stats"][own])
 
 
 def test_discriminator_loss_is_the_matching_aware_triplet(variables):
-  loss, aux = SYSTEM.discriminator_loss(variables, make_batch(4), KEY, STEP)
-  terms = aux.metrics
-  np.testing.assert_allclose(loss, terms["real"] + 0.5 * (terms["mismatch"] + terms["fake"]), rtol=1e-6)
+  metrics = metrics_of("discriminator", variables, make_batch(4))
+  real, mismatch, fake = (metrics[k] for k in ("real", "mismatch", "fake"))
+  np.testing.assert_allclose(metrics["loss"], real + 0.5 * (mismatch + fake), rtol=1e-6)
 
 
 def test_mismatch_is_the_real_picture_with_another_caption(variables):
   batch = make_batch(2)
   sentence = SYSTEM._sentence(variables, batch)
   fake = jnp.zeros((2, 16, 16, 3))
-  logits, _ = SYSTEM._triplet(variables, batch, fake, sentence, KEY, train=False)
-  swapped, _ = SYSTEM._triplet(variables, batch, fake, sentence[::-1], KEY, train=False)
-  np.testing.assert_allclose(logits["mismatch"], swapped["real"], rtol=1e-5)
-  np.testing.assert_allclose(logits["real"], swapped["mismatch"], rtol=1e-5)
+  triplet = jax.jit(lambda s: SYSTEM._triplet(variables, batch, fake, s, KEY, train=False)[0])
+  logits, swapped = triplet(sentence), triplet(sentence[::-1])
+  np.testing.assert_allclose(logits["mismatch"], swapped["real"], rtol=1e-4)
+  np.testing.assert_allclose(logits["real"], swapped["mismatch"], rtol=1e-4)
   assert np.abs(logits["mismatch"] - logits["real"]).min() > 1e-5
 
 
 def test_equal_captions_are_no_mismatch(variables):
   batch = with_captions(make_batch(4), np.array([0, 0, 0, 0]))
-  _, aux = SYSTEM.discriminator_loss(variables, batch, KEY, STEP)
-  assert aux.metrics["mismatch"] == 0
+  assert metrics_of("discriminator", variables, batch)["mismatch"] == 0
   half = with_captions(make_batch(4), np.array([0, 1, 0, 1]))
   kept = {tuple(np.asarray(SYSTEM._differs(half, jax.random.key(k)))) for k in range(8)}
   assert kept == {(True,) * 4, (False,) * 4}  # rolled by an odd number of rows, or by two
@@ -102,44 +109,45 @@ def test_masked_rows_do_not_weigh(variables):
   differs = np.asarray(SYSTEM._differs(batch, KEY))
   assert 0 < differs.sum() < 4
   sentence = SYSTEM._sentence(variables, batch)
-  fake, _ = SYSTEM._generate(variables, sentence, KEY)
-  logits, _ = SYSTEM._triplet(variables, batch, fake, sentence, KEY)
-  _, aux = SYSTEM.discriminator_loss(variables, batch, KEY, STEP)
+  fake = jnp.zeros((4, 16, 16, 3))
+  logits, _ = jax.jit(lambda: SYSTEM._triplet(variables, batch, fake, sentence, KEY))()
   expected = np.log1p(np.exp(logits["mismatch"]))[differs].mean()
-  np.testing.assert_allclose(aux.metrics["mismatch"], expected, rtol=1e-5)
-  held_out = SYSTEM.evaluation_loss(variables, batch, KEY)["mismatch"]
-  np.testing.assert_allclose(held_out.mean(), held_out[differs].mean(), rtol=1e-5)
+  mismatch = metrics_of("discriminator", variables, batch)["mismatch"]
+  np.testing.assert_allclose(mismatch, expected, rtol=1e-4)
+  held_out = jax.jit(SYSTEM.evaluation_loss)(variables, batch, KEY)["mismatch"]
+  np.testing.assert_allclose(held_out.mean(), held_out[differs].mean(), rtol=1e-4)
 
 
 def test_interpolation_trains_the_generator_between_captions(variables):
   batch = make_batch(4)
-  loss, aux = SYSTEM.generator_loss(variables, batch, KEY, STEP)
-  np.testing.assert_allclose(loss, aux.metrics["fake"] + aux.metrics["interpolated"], rtol=1e-6)
+  metrics = metrics_of("generator", variables, batch)
+  np.testing.assert_allclose(
+    metrics["loss"], metrics["fake"] + metrics["interpolated"], rtol=1e-6
+  )
   plain = dataclasses.replace(SYSTEM, interpolation=0.0)
-  np.testing.assert_allclose(plain.generator_loss(variables, batch, KEY, STEP)[0], aux.metrics["fake"])
+  loss, _ = jax.jit(plain.generator_loss)(variables, batch, KEY, STEP)
+  np.testing.assert_allclose(loss, metrics["fake"], rtol=1e-4)
   # All of the first caption is the caption itself.
   whole = dataclasses.replace(SYSTEM, mixing=1.0)
-  _, aux = whole.generator_loss(variables, batch, KEY, STEP)
-  np.testing.assert_allclose(aux.metrics["interpolated"], aux.metrics["fake"], rtol=1e-5)
+  _, aux = jax.jit(whole.generator_loss)(variables, batch, KEY, STEP)
+  np.testing.assert_allclose(aux.metrics["interpolated"], aux.metrics["fake"], rtol=1e-4)
 
 
 def test_label_smoothing_is_one_sided(variables):
   batch = make_batch(4)
   smooth = dataclasses.replace(SYSTEM, label_smoothing=0.1)
-  _, plain = SYSTEM.discriminator_loss(variables, batch, KEY, STEP)
-  _, aux = smooth.discriminator_loss(variables, batch, KEY, STEP)
-  assert aux.metrics["real"] != plain.metrics["real"]
-  assert aux.metrics["fake"] == plain.metrics["fake"]
-  assert aux.metrics["mismatch"] == plain.metrics["mismatch"]
+  plain = metrics_of("discriminator", variables, batch)
+  smoothed = jax.jit(smooth.discriminator_loss)(variables, batch, KEY, STEP)[1].metrics
+  assert abs(plain["real"] - smoothed["real"]) > 1e-3
+  for name in ("fake", "mismatch"):
+    np.testing.assert_allclose(plain[name], smoothed[name], rtol=1e-6)
 
 
 def test_lazy_penalty_comes_at_its_steps_and_is_of_each_picture(variables):
   batch = make_batch(2)
   system = dataclasses.replace(SYSTEM, r1_weight=3.0, r1_every=4)
-  penalties = [
-    float(system.discriminator_loss(variables, batch, KEY, jnp.int32(s))[1].metrics["r1"])
-    for s in range(5)
-  ]
+  loss = jax.jit(system.discriminator_loss)
+  penalties = [float(loss(variables, batch, KEY, jnp.int32(s))[1].metrics["r1"]) for s in range(5)]
   assert penalties[1:4] == [0.0, 0.0, 0.0] and penalties[0] == penalties[4] > 0
   own = base.group(variables, "discriminator")
   sentence, image = SYSTEM._sentence(variables, batch), base.normalize_images(batch["image"])
@@ -147,40 +155,41 @@ def test_lazy_penalty_comes_at_its_steps_and_is_of_each_picture(variables):
   def score(x, text):
     return SYSTEM.discriminator.apply(own, x[None], text[None], train=False)[0]
 
-  squares = jnp.sum(jnp.square(jax.vmap(jax.grad(score))(image, sentence)), axis=(1, 2, 3))
+  squares = jnp.sum(jnp.square(jax.jit(jax.vmap(jax.grad(score)))(image, sentence)), axis=(1, 2, 3))
   np.testing.assert_allclose(penalties[0], 4 * 1.5 * squares.mean(), rtol=1e-4)
 
 
-def test_simultaneous_play_has_the_losses_of_both(variables):
+def test_simultaneous_play_has_the_losses_and_gradients_of_both(variables):
   batch = make_batch(4)
-  system = dataclasses.replace(SYSTEM, play="simultaneous", r1_weight=1.0)
+  system = dataclasses.replace(SYSTEM, play="simultaneous")
   assert system.simultaneous and not SYSTEM.simultaneous
-  losses, aux = system.joint_losses(variables, batch, KEY, STEP)
-  for player in system.players:
-    loss, own = player.loss(variables, batch, KEY, STEP)
-    np.testing.assert_allclose(losses[player.name], loss, rtol=1e-5)
-    for name, value in own.metrics.items():
-      np.testing.assert_allclose(aux.metrics[f"{player.name}/{name}"], value, rtol=1e-5)
-  assert set(aux.collections["batch_stats"]) == {"discriminator", "generator"}
 
-  # Each loss's gradients of its own groups are those of alternating play, too.
+  @jax.jit
   def joint(params):
-    return system.joint_losses(base.with_params(variables, params), batch, KEY, STEP)[0]
+    losses = lambda p: system.joint_losses(base.with_params(variables, p), batch, KEY, STEP)  # noqa: E731
+    losses, pull_back, aux = jax.vjp(losses, params, has_aux=True)
+    one = {name: {k: jnp.float32(k == name) for k in losses} for name in losses}
+    return losses, {name: pull_back(one[name])[0] for name in losses}, aux
 
-  jacobian = jax.jacrev(joint)(variables["params"])
-  for player in system.players:
-    gradients, _ = player.gradients(variables, batch, KEY, STEP)
+  losses, jacobian, aux = joint(variables["params"])
+  assert set(aux.collections["batch_stats"]) == {"discriminator", "generator"}
+  for name in losses:
+    gradients, own = GRADIENTS[name](variables, batch, KEY, STEP)
+    np.testing.assert_allclose(losses[name], own.metrics.pop("loss"), rtol=1e-4)
+    for metric, value in own.metrics.items():
+      np.testing.assert_allclose(aux.metrics[f"{name}/{metric}"], value, rtol=1e-4)
     for group, expected in gradients.items():
       jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5),
-        jacobian[player.name][group], expected,
-      )
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),
+        jacobian[name][group], expected,
+      )  # fmt: skip
 
 
 def test_samples_depend_on_text_and_key_but_not_on_the_batch(variables):
   batch = make_batch(4)
   keys = base.picture_keys(0, jnp.arange(4))
 
+  @jax.jit
   def sample(batch, keys, temperature=1.0):
     return SYSTEM.sample(
       variables, SYSTEM.condition(variables, batch), keys, Options(temperature=temperature)
@@ -210,29 +219,31 @@ def test_precomputed_embeddings_take_the_place_of_the_encoder():
 
 
 def test_the_generators_forward_pass_is_merged_between_the_players():
+  """The step's promise, on a batch whose text no player trains."""
   system = dataclasses.replace(precomputed(), interpolation=0.0)
   batch = {"image": make_batch(4)["image"], "text_embedding": {"pooled": np.eye(4, 5, dtype="f4")}}
-  variables = filled(jax.eval_shape(system.init, jax.random.key(0), batch))
-
-  def flops(f):
-    return jax.jit(f).lower(variables).compile().cost_analysis()["flops"]
-
+  shapes = jax.eval_shape(system.init, jax.random.key(0), batch)
   discriminator, generator = system.players
-  alone = [flops(lambda v, p=p: p.gradients(v, batch, KEY, STEP)) for p in (discriminator, generator)]
 
-  def alternating(variables):
-    gradients, aux = discriminator.gradients(variables, batch, KEY, STEP)
+  def first(variables):
+    return discriminator.gradients(variables, batch, KEY, STEP)
+
+  def second(variables):
+    return generator.gradients(variables, batch, KEY, STEP)
+
+  def both(variables):
+    gradients, aux = first(variables)
     trained = jax.tree.map(
       lambda p, g: p - 0.1 * g, variables["params"]["discriminator"], gradients["discriminator"]
     )
-    variables = base.merge(
-      base.with_params(variables, {"discriminator": trained}), aux.collections
-    )
-    return trained, generator.gradients(variables, batch, KEY, STEP)
+    variables = base.with_params(variables, {"discriminator": trained})
+    return trained, second(base.merge(variables, aux.collections))
 
-  sentence = jnp.eye(4, 5)
-  forward = flops(lambda v: system._generate(v, sentence, KEY)[0])
-  assert flops(alternating) < sum(alone) - 0.8 * forward
+  def flops(f):
+    return jax.jit(f).lower(shapes).compile().cost_analysis()["flops"]
+
+  forward = flops(lambda v: system._generate(v, jnp.eye(4, 5), KEY)[0])
+  assert flops(both) < flops(first) + flops(second) - 0.8 * forward
 
 
 @pytest.mark.parametrize(

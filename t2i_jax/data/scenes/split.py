@@ -31,7 +31,7 @@ HELD_OUT_PAIRS = tuple(
 TRAINED_PAIRS = tuple(pair for pair in PAIRS if pair not in HELD_OUT_PAIRS)
 # Of the combinations of trained pairs, one in this many is held out: at least 15 %
 # of all combinations, those of held-out pairs counted too.
-_HELD_OUT_ONE_IN = 5
+_HELD_OUT_ONE_IN = 4
 
 _HELD_OUT = frozenset(HELD_OUT_PAIRS)
 _MASK = 2**64 - 1

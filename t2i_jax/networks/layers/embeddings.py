@@ -12,8 +12,9 @@ Array = jax.Array
 def timestep_embedding(t: Array, width: int, max_period: float = 10000.0) -> Array:
   """Sinusoidal embedding of times [B] -> float32 [B, width], cosines first.
 
-  Ho et al. 2020, appendix B (after Vaswani et al. 2017, 3.5): frequencies from
-  1 down to 1 / max_period, geometrically.
+  Vaswani et al. 2017, section 3.5: frequencies max_period^(-i / half), in the
+  order of Dhariwal and Nichol 2021 (Ho et al. 2020 put sines first, and divide
+  by half - 1).
   """
   half = width // 2
   frequencies = jnp.exp(-math.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)

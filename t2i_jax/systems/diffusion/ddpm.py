@@ -99,6 +99,20 @@ class DDPM(base.System):
           f"model.groups={self.groups} does not divide the {self.channels * multiplier} channels "
           "of a level; change one of them"
         )
+    for level in self.attention_levels:
+      if not 0 <= level < len(self.multipliers):
+        raise UserError(
+          f"model.attention_levels={self.attention_levels} names level {level}, "
+          f"of levels 0 to {len(self.multipliers) - 1}"
+        )
+    # The middle, which is as wide as the last level, always attends.
+    for level in {*self.attention_levels, len(self.multipliers) - 1}:
+      width = self.channels * self.multipliers[level]
+      if width % min(self.head_channels, width) or (self.positions and width % 4):
+        raise UserError(
+          f"the {width} channels of level {level} attend, and do not divide by "
+          f"model.head_channels={self.head_channels} or, for positions, by 4; change one of them"
+        )
     # Wrong names are found when the system is built, not when it first trains.
     self.process, self.parameterization, self.weight, self.times  # noqa: B018
 
@@ -131,11 +145,17 @@ class DDPM(base.System):
   def ema_groups(self) -> tuple[str, ...]:
     return (*self.text.groups, DENOISER)
 
+  @property
+  def frozen_groups(self) -> tuple[str, ...]:
+    return self.text.frozen_groups
+
   def batch_spec(self) -> dict[str, Field]:
     image = Field((self.resolution, self.resolution, 3), "uint8")
     return {"image": image, **self.text.batch_spec()}
 
-  def init(self, rng: Array, batch: Batch, frozen: Variables) -> dict[str, dict[str, Any]]:
+  def init(
+    self, rng: Array, batch: Batch, frozen: Variables = base.NO_VARIABLES
+  ) -> dict[str, dict[str, Any]]:
     text = self.text.init(base.fold_name(rng, "text_encoder"), batch)
     x = base.normalize_images(batch["image"])
     given = self.text(base.merge(text, frozen), batch)

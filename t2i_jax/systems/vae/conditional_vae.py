@@ -86,10 +86,9 @@ class ConditionalVAE(base.System):
         "(model.patch times 2 for each level but the first); change one of them"
       )
     for multiplier in self.multipliers:
-      if self.channels * multiplier % self.groups:
-        raise UserError(
-          f"model.groups={self.groups} does not divide a level's {self.channels * multiplier} channels"
-        )
+      channels = self.channels * multiplier
+      if channels % self.groups:
+        raise UserError(f"model.groups={self.groups} does not divide a level's {channels} channels")
     if self.likelihood not in LIKELIHOODS:
       raise unknown("model.likelihood", self.likelihood, LIKELIHOODS)
     for name in ("scale", "beta", "beta_warmup", "free_bits"):
@@ -128,9 +127,11 @@ class ConditionalVAE(base.System):
     image = Field((self.resolution, self.resolution, 3), "uint8")
     return {"image": image, **self.text.batch_spec()}
 
-  def init(self, rng: Array, batch: Batch) -> dict[str, dict[str, Any]]:
+  def init(
+    self, rng: Array, batch: Batch, frozen: Variables = base.NO_VARIABLES
+  ) -> dict[str, dict[str, Any]]:
     text = self.text.init(base.fold_name(rng, "text_encoder"), batch)
-    given = self._given(text, batch)
+    given = self._given(base.merge(text, frozen), batch)
     image = base.normalize_images(batch["image"])
     latent = jnp.zeros((len(image), self.latent_size))
     init = lambda name, network, *args: base.as_group(  # noqa: E731

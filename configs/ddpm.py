@@ -1,0 +1,69 @@
+"""DDPM with text: epsilon-prediction, ancestral or DDIM sampling, classifier-free guidance.
+
+  python -m t2i_jax.main --config=configs/ddpm.py --workdir=runs/ddpm
+  python -m t2i_jax.main --config=configs/ddpm.py:size=cifar10,dataset=folder \\
+    --config.data.options.path=PICTURES --workdir=runs/mine
+
+Arguments:
+  size: "small" (32 px, for two CPU cores, the default); "emoji" (64 px, the
+    same); "cifar10" (32 px) and "lsun" (256 px), the published networks of Ho et
+    al. 2020, appendix B, with cross-attention to the text; "tiny", for tests.
+  dataset: "scenes" (one object), "scenes_two", "scenes_all", "emoji", "folder".
+
+Papers: Ho, Jain and Abbeel 2020 (Denoising Diffusion Probabilistic Models); Ho
+and Salimans 2022 (Classifier-Free Diffusion Guidance); Nichol and Dhariwal 2021
+(the cosine schedule, `--config.model.schedule=cosine`).
+"""
+
+from t2i_jax import recipe
+from t2i_jax.config import choose, parse_arg
+
+# The networks of Ho et al. 2020, appendix B.
+PUBLISHED = dict(
+  channels=128, blocks=2, head_channels=64, groups=32, patch=1, coordinates=0, scale_shift=False,
+)
+# Small pictures on a CPU: no level at full resolution, and coordinates, without
+# which convolutions under global conditioning place things at chance.
+LAPTOP = dict(
+  channels=32, multipliers=(1, 2, 4), attention_levels=(1, 2), blocks=1, head_channels=32,
+  groups=16, patch=2, coordinates=3, schedule="cosine",
+)
+SIZES = {
+  "small": dict(LAPTOP, resolution=32),
+  "emoji": dict(LAPTOP, resolution=64, channels=48, multipliers=(1, 2, 4, 4),
+                attention_levels=(2, 3)),
+  "cifar10": dict(PUBLISHED, resolution=32, multipliers=(1, 2, 2, 2), attention_levels=(1,),
+                  dropout=0.1),
+  "lsun": dict(PUBLISHED, resolution=256, multipliers=(1, 1, 2, 2, 4, 4), attention_levels=(4,)),
+  "tiny": dict(LAPTOP, resolution=16, channels=16, multipliers=(1, 2), attention_levels=(1,),
+               groups=8, steps=50),
+}
+
+
+def get_config(arg=None):
+  arg = parse_arg(arg, size="small", dataset="scenes")
+  config = recipe.base("ddpm", arg.dataset)
+  config.model.update(choose("size", arg.size, SIZES))
+  if arg.size in ("cifar10", "lsun"):
+    config.text.update(width=512, layers=6, heads=8)
+    config.train.update(duration="800k steps", batch_size=128 if arg.size == "cifar10" else 64)
+    config.optimizer.update(
+      name="adam", learning_rate=2e-4 if arg.size == "cifar10" else 2e-5, warmup="5000 steps"
+    )
+    config.sample.options.update(solver="ddpm", steps=1000)
+    return config
+  config.text.update(pool="flatten")
+  config.train.update(duration="3000 steps", batch_size=32)
+  config.optimizer.update(
+    learning_rate=1.5e-3, b2=0.99, weight_decay=0.01, schedule="cosine", warmup="100 steps"
+  )
+  config.ema.decay = 0.999
+  config.sample.options.update(steps=25)
+  if arg.size == "tiny":
+    config.text.update(width=32, layers=1, heads=2, vocab_size=300)
+    config.train.update(duration="4 steps", batch_size=8)
+    config.optimizer.warmup = "2 steps"
+    config.sample.update(count=4)
+    config.sample.options.update(steps=4)
+    config.log.every = "1 steps"
+  return config

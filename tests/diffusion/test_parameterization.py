@@ -1,0 +1,74 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from t2i_jax.diffusion.parameterization import PARAMETERIZATIONS, make_parameterization, noise_of
+from t2i_jax.diffusion.process import cosine
+from t2i_jax.errors import UserError
+
+NAMES = sorted(PARAMETERIZATIONS)
+# Not the last steps, where alpha is so small that noise alone says nothing of the picture.
+T = jnp.array([5, 100, 500, 900])
+PROCESS = cosine()
+ALPHA, SIGMA = PROCESS.alpha(T)[:, None], PROCESS.sigma(T)[:, None]
+
+
+def draw(seed=0):
+  x_0, noise = jax.random.normal(jax.random.key(seed), (2, 4, 6))
+  return x_0, noise, ALPHA * x_0 + SIGMA * noise
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_target_predicts_the_truth(name):
+  x_0, noise, x_t = draw()
+  kind = make_parameterization(name)
+  prediction = kind.predict(x_t, kind.target(x_0, noise, ALPHA, SIGMA), ALPHA, SIGMA)
+  np.testing.assert_allclose(prediction.x_0, x_0, atol=1e-4)
+  np.testing.assert_allclose(prediction.noise, noise, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_prediction_lies_on_the_line_through_x_t(name):
+  x_t, output = jax.random.normal(jax.random.key(3), (2, 4, 6))
+  x_0, noise = make_parameterization(name).predict(x_t, output, ALPHA, SIGMA)
+  np.testing.assert_allclose(ALPHA * x_0 + SIGMA * noise, x_t, atol=1e-5)
+  np.testing.assert_allclose(noise_of(x_t, x_0, ALPHA, SIGMA), noise, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_parameterizations_output_is_anothers(name):
+  x_0, noise, x_t = draw()
+  first = make_parameterization(name)
+  prediction = first.predict(x_t, first.target(x_0, noise, ALPHA, SIGMA), ALPHA, SIGMA)
+  for other in map(make_parameterization, NAMES):
+    np.testing.assert_allclose(
+      other.target(*prediction, ALPHA, SIGMA), other.target(x_0, noise, ALPHA, SIGMA), atol=1e-4
+    )
+
+
+def test_v_is_the_angular_derivative():
+  # Salimans and Ho 2022, appendix D: with alpha = cos(phi) and sigma = sin(phi), v = dx/dphi.
+  x_0, noise, _ = draw()
+  phi = jnp.arctan2(SIGMA, ALPHA)
+  at = lambda phi: jnp.cos(phi) * x_0 + jnp.sin(phi) * noise  # noqa: E731
+  _, derivative = jax.jvp(at, (phi,), (jnp.ones_like(phi),))
+  v = make_parameterization("v").target(x_0, noise, ALPHA, SIGMA)
+  np.testing.assert_allclose(v, derivative, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_error_scale_is_the_ratio_of_the_errors(name):
+  x_t, output = jax.random.normal(jax.random.key(4), (2, 4, 6))
+  kind = make_parameterization(name)
+  # |d x_0 / d output| of each row, through which an error of the output reaches x_0.
+  _, moved = jax.jvp(
+    lambda o: kind.predict(x_t, o, ALPHA, SIGMA).x_0, (output,), (jnp.ones_like(output),)
+  )
+  scale = jnp.broadcast_to(kind.error_scale(ALPHA, SIGMA), moved.shape)
+  np.testing.assert_allclose(jnp.abs(moved) * scale, 1.0, rtol=1e-5)
+
+
+def test_an_unknown_name_is_one_line():
+  with pytest.raises(UserError, match="did you mean 'epsilon'"):
+    make_parameterization("epsilom")
