@@ -33,6 +33,7 @@ def get_config(arg=None):
   config.ema.decay = 0.999
   config.log.every = "50 steps"
   config.sample.options.update(steps=25)
+  config.evaluate.update(pictures=256, splits=("held_out_combinations",))
   if arg.size == "tiny":
     config.text.update(width=32, layers=1, heads=2, vocab_size=300)
     config.train.update(duration="4 steps", batch_size=8)
@@ -40,4 +41,5 @@ def get_config(arg=None):
     config.sample.update(count=4)
     config.sample.options.update(steps=4)
     config.log.every = "1 steps"
+    config.evaluate.pictures = 0  # The verifier reads pictures of 32 px or more.
   return config

@@ -1,6 +1,5 @@
 """A config's parts, built: what the commands share before they part ways."""
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,11 +11,14 @@ from ml_collections import ConfigDict
 from t2i_jax import config as configs
 from t2i_jax import data, systems
 from t2i_jax.data.base import Source
-from t2i_jax.errors import UserError
+from t2i_jax.errors import UserError, unknown
 from t2i_jax.parallel.distributed import broadcast_bytes, is_primary
 from t2i_jax.systems.base import Field, System
 from t2i_jax.systems.conditioning import GROUP
 from t2i_jax.text.tokenizer import Tokenizer, train_tokenizer
+
+# What a run's work directory holds of it, beside checkpoints, metrics and samples.
+CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 
 # Keys that a run may change when it is resumed; all others make it another run.
 FREE_SECTIONS = ("mesh", "sharding", "checkpoint", "log", "sample", "evaluate")
@@ -80,8 +82,12 @@ def training_split(config: ConfigDict) -> str:
 
 
 def held_out_splits(config: ConfigDict) -> tuple[str, ...]:
-  """The splits that are not trained on."""
-  return data.splits(config.data.name)[1:]
+  """The splits to evaluate on: those that the config names, else all that are not trained on."""
+  there = data.splits(config.data.name)
+  for name in config.evaluate.splits:
+    if name not in there:
+      raise unknown(f"split of data set '{config.data.name}'", name, there)
+  return tuple(config.evaluate.splits) or there[1:]
 
 
 def resolution_of(system: System) -> int:
@@ -99,26 +105,23 @@ def make_tokenizer(config: ConfigDict, source: Source) -> Tokenizer:
 
 
 def run_tokenizer(config: ConfigDict, workdir: epath.Path, source: Source) -> Tokenizer:
-  """The run's tokenizer: stored in the work directory, or `init_from`'s, or a new one.
+  """The run's tokenizer: its own, or that of `resume` or `init_from`, or a new one.
 
-  A model that is fine-tuned keeps the ids that it knows.
+  A model that goes on training keeps the ids that it knows.
   """
-  path = workdir / "tokenizer.json"
-  if path.exists():
-    return Tokenizer.load(path)
-  if config.init_from:
+  if (workdir / CONFIG).exists():
+    return Tokenizer.load(workdir / TOKENIZER)
+  if config.resume:
+    key, tokenizer = "resume", Tokenizer.load(epath.Path(config.resume) / TOKENIZER)
+  elif config.init_from:
     from t2i_jax import export
 
-    tokenizer = export.read(config.init_from).tokenizer
-    if tokenizer.length != config.text.length:
-      raise UserError(f"init_from={config.init_from} takes prompts of {tokenizer.length} tokens, "
-                      f"the config has text.length={config.text.length}; set it to the same")
+    key, tokenizer = "init_from", export.read(config.init_from).tokenizer
   else:
-    tokenizer = make_tokenizer(config, source)
-  if is_primary():
-    beside = workdir / ".tokenizer.json.writing"
-    beside.write_text(tokenizer.to_json())
-    beside.rename(path)
+    return make_tokenizer(config, source)
+  if tokenizer.length != config.text.length:
+    raise UserError(f"{key}={config[key]} takes prompts of {tokenizer.length} tokens, the config "
+                    f"has text.length={config.text.length}; set it to the same")
   return tokenizer
 
 
@@ -157,8 +160,8 @@ def check_batch_spec(system: System, batch: Mapping[str, Any], where: str) -> No
         f"not give; it gives {', '.join(sorted(given))}"
       )
     if given[name] != field:
-      raise UserError(f"{type(system).__name__} needs '{name}' as {field.dtype}{list(field.shape)}, "
-                      f"the data set '{where}' gives {given[name].dtype}{list(given[name].shape)}")
+      raise UserError(f"{type(system).__name__} needs '{name}' as {field.dtype}{list(field.shape)},"
+                      f" the data set '{where}' gives {given[name].dtype}{list(given[name].shape)}")
 
 
 def player_sections(config: ConfigDict, system: System, steps_of) -> dict[str, dict[str, Any]]:
@@ -172,8 +175,6 @@ def player_sections(config: ConfigDict, system: System, steps_of) -> dict[str, d
   Raises:
     UserError: for a player or an option that does not exist.
   """
-  from t2i_jax.errors import unknown
-
   names = [player.name for player in system.players]
   for name, section in config.players.items():
     if name not in names:
@@ -196,36 +197,52 @@ def identity(config: ConfigDict) -> dict[str, Any]:
   }
 
 
-def claim_workdir(workdir: epath.Path, config: ConfigDict) -> None:
-  """Writes the config into a new work directory, or checks that it is this run's.
+def check_workdir(workdir: epath.Path, config: ConfigDict) -> None:
+  """Makes the work directory, or checks that what it holds is this config's run.
 
   Raises:
-    UserError: when it holds another config's run, or cannot be written.
+    UserError: when it holds another config's run, or cannot be made.
   """
-  path = workdir / "config.json"
-  text = configs.to_json(config)
-  if path.exists():
-    try:
-      theirs = identity(configs.from_json(path.read_text()))
-    except ValueError as error:
-      raise UserError(f"{path} is not a config: {error}; choose another --workdir") from error
-    ours = identity(configs.from_json(text))
-    different = [k for k in sorted(theirs | ours) if theirs.get(k) != ours.get(k)]
-    if different:
-      key = different[0]
-      more = f" and {len(different) - 1} more" if len(different) > 1 else ""
-      raise UserError(
-        f"--workdir={workdir} holds another run: its {key} is {theirs.get(key)!r}, this config's is "
-        f"{ours.get(key)!r}{more}; choose another --workdir, or delete it"
-      )
-  if is_primary():
-    try:
-      workdir.mkdir(parents=True, exist_ok=True)
-      beside = workdir / ".config.json.writing"
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise UserError(f"cannot make --workdir={workdir}: {error.strerror or error}") from error
+  path = workdir / CONFIG
+  if not path.exists():
+    return
+  try:
+    theirs = identity(configs.from_json(path.read_text()))
+  except ValueError as error:
+    raise UserError(f"{path} is not a config: {error}; choose another --workdir") from error
+  ours = identity(configs.from_json(configs.to_json(config)))
+  different = [k for k in sorted(theirs | ours) if theirs.get(k) != ours.get(k)]
+  if different:
+    key = different[0]
+    more = f" and {len(different) - 1} more" if len(different) > 1 else ""
+    raise UserError(
+      f"--workdir={workdir} holds another run: its {key} is {theirs.get(key)!r}, this config's is "
+      f"{ours.get(key)!r}{more}; choose another --workdir, or delete it"
+    )
+
+
+def claim_workdir(workdir: epath.Path, config: ConfigDict, tokenizer: Tokenizer) -> None:
+  """Makes the work directory this run's; done when nothing else can fail before training.
+
+  A command that failed earlier, for a wrong value, can so be given again with
+  the right one.
+
+  Raises:
+    UserError: when it cannot be written.
+  """
+  if not is_primary():
+    return
+  try:
+    for name, text in ((TOKENIZER, tokenizer.to_json()), (CONFIG, configs.to_json(config))):
+      beside = workdir / f".{name}.writing"
       beside.write_text(text)
-      beside.rename(path)
-    except OSError as error:
-      raise UserError(f"cannot write to --workdir={workdir}: {error.strerror or error}") from error
+      beside.replace(workdir / name)
+  except OSError as error:
+    raise UserError(f"cannot write to --workdir={workdir}: {error.strerror or error}") from error
 
 
 def read_run_config(workdir: epath.Path) -> ConfigDict:
@@ -234,10 +251,10 @@ def read_run_config(workdir: epath.Path) -> ConfigDict:
   Raises:
     UserError: where there is no run.
   """
-  path = workdir / "config.json"
+  path = workdir / CONFIG
   if not path.exists():
-    raise UserError(f"no run in '{workdir}': it has no config.json")
+    raise UserError(f"no run in '{workdir}': it has no {CONFIG}")
   try:
     return configs.from_json(path.read_text())
-  except (ValueError, json.JSONDecodeError) as error:
+  except ValueError as error:
     raise UserError(f"{path} is not a config: {error}") from error

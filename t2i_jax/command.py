@@ -75,8 +75,8 @@ def set_up_jax() -> None:
     jax.devices()
   except (RuntimeError, AssertionError) as error:  # jax asserts that some platform was found
     platforms = os.environ.get("JAX_PLATFORMS", "")
-    raise UserError(f"no devices for JAX_PLATFORMS='{platforms}'; unset it, or install jax for them:"
-                    f" {error}") from error
+    raise UserError(f"no devices for JAX_PLATFORMS='{platforms}'; unset it, or install jax for "
+                    f"them: {error}") from error
   folder = cache_directory() / "compiled"
   try:
     folder.mkdir(parents=True, exist_ok=True)

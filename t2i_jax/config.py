@@ -91,8 +91,9 @@ def shared_sections() -> ConfigDict:
       "log": {"every": "10 steps"},
       # Pictures drawn during training, always from the same seed and prompts.
       "sample": {"every": "25%", "count": 16, "seed": 0, "prompts": (), "options": {}},
-      # Held-out loss during training; 0 for none.
-      "evaluate": {"every": "0 steps", "batches": 8},
+      # Held-out loss during training (0 for none), and pictures drawn at the end to be judged
+      # by the data set's verifier, if it has one; on these splits, or all held-out ones.
+      "evaluate": {"every": "0 steps", "batches": 8, "pictures": 0, "splits": ()},
       # Exports that the system is built on: {"first_stage": PATH, ...}.
       "components": {},
       # Where parameters start: another run's checkpoint, or an export to fine-tune.

@@ -40,6 +40,11 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _evaluate(flags) -> None:
+  for measure in flags.measure:
+    if measure not in MEASURES:
+      raise unknown("measure", measure, MEASURES)
+  if flags.pictures < 2:
+    raise UserError(f"--pictures={flags.pictures}: use 2 or more, so that captions can be shuffled")
   command.set_up_jax()
   from t2i_jax.pipeline import Pipeline
   from t2i_jax.sample import sampling_options
@@ -53,9 +58,9 @@ def _evaluate(flags) -> None:
     if split not in data.splits(config.data.name):
       raise unknown("split", split, data.splits(config.data.name))
   measures = flags.measure or _possible(pipeline)
-  for measure in measures:
-    if measure not in MEASURES:
-      raise unknown("measure", measure, MEASURES)
+  if not measures:
+    raise UserError(f"nothing to measure: system {config.system} has no evaluation loss, and data "
+                    f"set {config.data.name} no verifier")
   results = {"export": str(flags.export), "step": pipeline.step, "seed": flags.seed, "splits": {}}
   for split in splits:
     found = results["splits"].setdefault(split, {})

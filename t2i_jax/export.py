@@ -65,12 +65,16 @@ def write(
     variables: of all groups that sampling needs; arrays on the host.
     tokenizer: of the prompts.
     notes: Markdown for the model card: data, scores.
+
+  Raises:
+    UserError: where something else is in its place, or it cannot be written.
   """
   import shutil
 
   from safetensors.numpy import save_file
 
-  path = Path(path)
+  path = Path(path).absolute()
+  check_replaceable(path)
   beside = path.with_name(f".{path.name}.writing")
   try:
     shutil.rmtree(beside, ignore_errors=True)
@@ -92,7 +96,7 @@ def write(
       shutil.rmtree(old, ignore_errors=True)
       path.rename(old)
       beside.rename(path)
-      shutil.rmtree(old)
+      shutil.rmtree(old, ignore_errors=True)
     else:
       beside.rename(path)
   except OSError as error:
@@ -100,6 +104,16 @@ def write(
     raise UserError(f"cannot write the export {path}: {error.strerror or error}; "
                     "free space there or choose another folder") from error
   return path
+
+
+def check_replaceable(path: str | Path) -> None:
+  """Raises UserError where `path` is there and is neither an export nor an empty folder."""
+  path = Path(path)
+  if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+    return
+  if not (path / CONFIG).is_file() or not (path / VARIABLES).is_file():
+    raise UserError(f"'{path}' is there and is no export, so it is not replaced; choose another "
+                    "folder for the export, or move it away")
 
 
 def read(path: str | Path) -> Export:
@@ -112,24 +126,33 @@ def read(path: str | Path) -> Export:
   from safetensors.numpy import load_file
 
   path = Path(path)
+  inside = path / "export"
+  hint = f"; did you mean '{inside}'?" if (inside / CONFIG).is_file() else ""
   if not (path / CONFIG).is_file():
-    inside = path / "export"
-    hint = f"; did you mean '{inside}'?" if (inside / CONFIG).is_file() else ""
     raise UserError(f"no export at '{path}': it has no {CONFIG}{hint}")
   try:
     about = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-    files, step = about["files"], int(about["step"])
+    step = int(about["step"])
+    files = {name: int(about["files"][name]) for name in (VARIABLES, TOKENIZER)}
     config = configs.from_json(json.dumps(about["config"]))
   except (ValueError, KeyError, TypeError) as error:
-    raise UserError(f"{path / CONFIG} is not an export's: {type(error).__name__} {error}") from error
+    why = f"{type(error).__name__}: {error}"
+    raise UserError(f"{path / CONFIG} is not an export's ({why}){hint or '; copy it again'}"
+                    ) from error
   if about.get("format") != FORMAT:
-    raise UserError(f"{path} has export format {about.get('format')}, this version reads {FORMAT}")
-  for name, size in files.items():
+    raise UserError(f"{path} has export format {about.get('format')}, this version reads {FORMAT}; "
+                    f"use t2i_jax {about.get('version')}")
+  lacking = sorted({"system", "model", "text", *configs.shared_sections()} - set(config))
+  if lacking:
+    raise UserError(f"{path / CONFIG}: its config has no section '{lacking[0]}'; use t2i_jax "
+                    f"{about.get('version')}, which wrote it")
+  for name in (VARIABLES, TOKENIZER):
     if not (path / name).is_file():
       raise UserError(f"the export {path} is not whole: {name} is missing; copy it again")
-    if name == VARIABLES and (path / name).stat().st_size != size:
-      raise UserError(f"the export {path} is not whole: {name} has {(path / name).stat().st_size} "
-                      f"bytes of {size}; copy it again")
+    size = (path / name).stat().st_size
+    if size != files[name]:
+      raise UserError(f"the export {path} is not whole: {name} has {size} bytes of {files[name]}; "
+                      "copy it again")
   try:
     flat = load_file(path / VARIABLES)
   except (SafetensorError, ValueError) as error:
@@ -199,6 +222,7 @@ def _export(flags) -> None:
 
   from t2i_jax.restore import restored_variables
 
+  check_replaceable(flags.output)
   config, step, variables, tokenizer = restored_variables(
     epath.Path(flags.workdir), flags.step, ema=not flags.no_ema
   )

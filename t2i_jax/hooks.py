@@ -9,7 +9,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from t2i_jax.data.base import Source
-from t2i_jax.data.loader import evaluation_batches
+from t2i_jax.data.loader import evaluation_batches, fetch_rows
 from t2i_jax.parallel.distributed import is_primary
 from t2i_jax.parallel.mesh import batch_sharding, host_rows, replicated
 from t2i_jax.parallel.sharding import put
@@ -55,6 +55,7 @@ class HeldOutLoss:
     self._batch_size, self._batches, self._name = batch_size, batches, name
     self._writers = writers
     self._loss = jax.jit(system.evaluation_loss, out_shardings=replicated(mesh))
+    self._whole = jax.jit(lambda x: x, out_shardings=replicated(mesh))
 
   def __call__(self, step: int, state: State) -> None:
     self._writers.scalars(step, self.measure(state.variables(ema=True)))
@@ -68,8 +69,7 @@ class HeldOutLoss:
     for i, batch in zip(range(self._batches), batches, strict=False):
       device_batch = put(batch, batch_sharding(self._mesh))
       losses = self._loss(variables, device_batch, jax.random.key(i))
-      everywhere = jax.jit(lambda x: x, out_shardings=replicated(self._mesh))
-      valid = np.asarray(everywhere(device_batch["valid"]))
+      valid = np.asarray(self._whole(device_batch["valid"]))
       count += int(valid.sum())
       for key, values in losses.items():
         values = np.asarray(values, np.float64)
@@ -80,4 +80,4 @@ class HeldOutLoss:
 def default_prompts(source: Source, count: int) -> list[str]:
   """The first captions of a split, for a run whose config names no prompts."""
   indices = np.arange(count) % len(source)
-  return source.fetch(indices, np.zeros(count, np.uint64)).captions
+  return fetch_rows(source, indices, np.zeros(count, np.uint64))[1].captions

@@ -1,6 +1,9 @@
 """`python -m t2i_jax.main --config=configs/NAME.py --workdir=DIR`: trains any system."""
 
+import json
+import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,19 +15,23 @@ from t2i_jax import config as configs
 from t2i_jax.data.loader import Loader
 from t2i_jax.data.prefetch import Prefetcher
 from t2i_jax.errors import UserError
+from t2i_jax.evaluate import score, table
 from t2i_jax.hooks import DrawSamples, HeldOutLoss, default_prompts
 from t2i_jax.parallel.distributed import agree_any, is_primary
 from t2i_jax.parallel.flops import peak_flops
 from t2i_jax.parallel.mesh import batch_sharding, check_batch, host_rows, make_mesh
 from t2i_jax.parallel.sharding import put
 from t2i_jax.pipeline import Pipeline
-from t2i_jax.restore import Run, held_variables
+from t2i_jax.restore import Run, held_variables, on_host
 from t2i_jax.systems import base
 from t2i_jax.training import loop
 from t2i_jax.training.compiled import CompiledStep
 from t2i_jax.training.preemption import StopSignal
 from t2i_jax.training.step import StepOptions, check_accumulation, make_step
 from t2i_jax.training.writers import Progress, Writers, say
+
+# Steps between two questions whether any host was asked to stop: it takes a collective.
+_ASK_EVERY = 10
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -46,30 +53,39 @@ def main(argv: list[str] | None = None) -> None:
                       help="where checkpoints, metrics, samples and the export go")
   parser.add_argument("--tensorboard", action="store_true", help="write TensorBoard files too")
   parser.add_argument("--show", action="store_true", help="print the config and stop")
-  overrides, rest = _split_overrides(argv)
-  command.run(parser, rest, lambda flags: _main(flags, overrides))
+  settings, rest = _split_settings(sys.argv[1:] if argv is None else argv)
+  command.run(parser, rest, lambda flags: _main(flags, settings))
 
 
-def _split_overrides(argv: list[str] | None) -> tuple[dict[str, str], list[str]]:
-  """`--config.KEY=VALUE` flags as a dictionary, and the other words."""
-  import sys
-
-  words = list(sys.argv[1:] if argv is None else argv)
-  overrides, rest = {}, []
+def _split_settings(words: Sequence[str]) -> tuple[list[str], list[str]]:
+  """The `KEY=VALUE` of all `--config.KEY=VALUE` or `--config.KEY VALUE`, and the other words."""
+  words, settings, rest = list(words), [], []
   while words:
     word = words.pop(0)
     if not word.startswith("--config."):
       rest.append(word)
       continue
-    key, equals, value = word.removeprefix("--config.").partition("=")
-    if not equals and words and not words[0].startswith("--"):
-      value = words.pop(0)
+    setting = word.removeprefix("--config.")
+    if "=" not in setting and words and not words[0].startswith("--"):
+      setting = f"{setting}={words.pop(0)}"
+    settings.append(setting)
+  return settings, rest
+
+
+def _overrides(settings: Sequence[str]) -> dict[str, str]:
+  overrides: dict[str, str] = {}
+  for setting in settings:
+    key, equals, value = setting.partition("=")
+    if not equals:
+      raise UserError(f"--config.{key} has no value; write --config.{key}=VALUE")
+    if key in overrides:
+      raise UserError(f"--config.{key} is given twice")
     overrides[key] = value
-  return overrides, rest
+  return overrides
 
 
-def _main(flags, overrides: dict[str, str]) -> None:
-  config = configs.load_config(flags.config, overrides)
+def _main(flags, settings: Sequence[str]) -> None:
+  config = configs.load_config(flags.config, _overrides(settings))
   if flags.show:
     print(configs.to_json(config), end="")
     return
@@ -89,11 +105,12 @@ def train(config: ConfigDict, workdir: str, tensorboard: bool = False) -> loop.S
     UserError: for whatever the user can mend.
   """
   started = time.monotonic()
+  configs.check_ranges(config)
   workdir = epath.Path(workdir)
   mesh = make_mesh(config.mesh.to_dict())
   check_batch(config.train.batch_size, mesh, "train.batch_size")
   rows = host_rows(config.train.batch_size, mesh)
-  assembly.claim_workdir(workdir, config)
+  assembly.check_workdir(workdir, config)
 
   components, frozen = assembly.load_components(config)
   system = assembly.build_system(config, components)
@@ -114,7 +131,6 @@ def train(config: ConfigDict, workdir: str, tensorboard: bool = False) -> loop.S
     try:
       if run.step == 0 or run.step >= total:
         _say_parameters(run)
-      writers.truncate_after(run.step)
       compiled = CompiledStep(
         make_step(system, run.plan.optimizers, StepOptions(
           config.seed, config.train.accumulate, config.ema.decay, config.ema.warmup
@@ -123,20 +139,25 @@ def train(config: ConfigDict, workdir: str, tensorboard: bool = False) -> loop.S
       )
       for warning in check_accumulation(system, config.train.accumulate):
         _say(f"warning: {warning}")
-      flops = _compile(compiled, run, put(loader.peek(), batch_sharding(mesh)))
-      _say(f"ready to train after {time.monotonic() - started:.1f} s, at step {run.step}/{total}")
-      hooks = _hooks(config, system, source, tokenizer, mesh, workdir, writers, steps_of)
+      hooks = _hooks(config, system, source, tokenizer, mesh, workdir, writers, run, steps_of)
+      flops = 0.0
+      if run.step < total:
+        flops = _compile(compiled, run, put(loader.peek(), batch_sharding(mesh)))
       options = loop.LoopOptions(
         total, steps_of(config.log.every, "log.every") or total,
         steps_of(config.checkpoint.every, "checkpoint.every"), config.train.batch_size, flops,
         (peak_flops(jax.devices()[0]) or 0.0) * jax.device_count(),
       )
+      assembly.claim_workdir(workdir, config, tokenizer)
+      run.save_frozen()
+      writers.truncate_after(run.step)
+      _say(f"ready to train after {time.monotonic() - started:.1f} s, at step {run.step}/{total}")
       training_started = time.monotonic()
-      with Prefetcher(loader, lambda b: put(b, batch_sharding(mesh)), config.data.prefetch) as batches:
+      sharding = batch_sharding(mesh)
+      with Prefetcher(loader, lambda b: put(b, sharding), config.data.prefetch) as batches:
         state, step = _loop(compiled, run, batches, options, writers, hooks)
-      run.checkpoints.wait()
       _say(f"trained to step {step}/{total} in {time.monotonic() - training_started:.1f} s")
-      if step == total:
+      if step >= total:
         _export(config, workdir, system, state, step, tokenizer)
       return state
     finally:
@@ -152,14 +173,14 @@ def _loop(compiled, run: Run, batches, options, writers: Writers, hooks):
     def stop(step: int) -> bool:
       if not several:
         return signal.requested()
-      # Asking the other hosts is a collective, so it is done at the logging cadence.
-      return step % options.log_every == 0 and agree_any(signal.requested())
+      return step % min(options.log_every, _ASK_EVERY) == 0 and agree_any(signal.requested())
 
     try:
       state, step = loop.train(
         compiled, run.take_state(), run.step, batches, options, log, run.save, hooks, stop,
-        progress.update,
+        progress.update, run.hooks_due,
       )
+      run.checkpoints.wait()
     finally:
       progress.close()
   if step < options.total:
@@ -180,7 +201,10 @@ def _durations(config: ConfigDict, epoch_size: int | None):
   return steps_of
 
 
-def _hooks(config, system, source, tokenizer, mesh, workdir, writers, steps_of) -> list[loop.Hook]:
+def _hooks(
+  config, system, source, tokenizer, mesh, workdir, writers, run: Run, steps_of
+) -> list[loop.Hook]:
+  """What the run does beside stepping; what is wrong with it is found now, not hours later."""
   hooks: list[loop.Hook] = []
   every = steps_of(config.evaluate.every, "evaluate.every")
   if every:
@@ -196,10 +220,10 @@ def _hooks(config, system, source, tokenizer, mesh, workdir, writers, steps_of) 
     pipeline = Pipeline(system, tokenizer, mesh)
     for line in pipeline.truncated(prompts):
       _say(f"warning: {line}")
-    base.make_options(system, config.sample.options)
+    options = config.sample.options.to_dict()
+    pipeline.check(run.plan.abstract_state.variables(ema=True), **options)
     hooks.append(DrawSamples(
-      pipeline, prompts, every, config.sample.seed, config.sample.options.to_dict(), workdir,
-      writers,
+      pipeline, prompts, every, config.sample.seed, options, workdir, writers
     ))
   return hooks
 
@@ -207,8 +231,11 @@ def _hooks(config, system, source, tokenizer, mesh, workdir, writers, steps_of) 
 def _held_out_prompts(config, source, system) -> list[str]:
   """Captions of the first held-out split that has any, else of the training set."""
   for split in assembly.held_out_splits(config):
-    source = assembly.open_data(config, split, assembly.resolution_of(system))
-    break
+    try:
+      source = assembly.open_data(config, split, assembly.resolution_of(system))
+      break
+    except UserError as error:
+      _say(f"warning: the sample prompts are training captions: {error}")
   return default_prompts(source, config.sample.count)
 
 
@@ -225,18 +252,40 @@ def _compile(compiled: CompiledStep, run: Run, batch: Any) -> float:
 def _say_parameters(run: Run) -> None:
   if not is_primary():
     return
-  from clu import parameter_overview
+  params = run.plan.abstract_state.params
+  try:
+    from clu import parameter_overview
+  except ImportError:
+    _say(f"{sum(x.size for x in jax.tree.leaves(params)):,} parameters (clu would list them)")
+    return
+  _say(parameter_overview.get_parameter_overview(params, max_lines=30, include_stats=False))
 
-  _say(parameter_overview.get_parameter_overview(run.plan.abstract_state.params, max_lines=30,
-                                                 include_stats=False))
 
-
-def _export(config, workdir, system, state, step, tokenizer) -> None:
+def _export(config, workdir, system, state, step, tokenizer) -> Any:
+  """Writes the export and returns its variables, still on the devices."""
   variables = held_variables(system, state, ema=True)
   if is_primary():
-    path = export.write(str(workdir / "export"), config, step, variables, tokenizer)
+    path = export.write(str(workdir / "export"), config, step, on_host(variables), tokenizer)
     _say(f"export written to {path}; draw with: python -m t2i_jax.sample --export={path} "
          "--prompt='...'")
+  else:
+    on_host(variables)
+  return variables
+
+
+def _score(config, workdir, pipeline: Pipeline) -> None:
+  """Draws held-out captions and prints what the data set's verifier says of the pictures."""
+  scores = {}
+  for split in assembly.held_out_splits(config):
+    started = time.monotonic()
+    scores[split] = score(
+      pipeline, split, config.evaluate.pictures, config.sample.seed,
+      config.sample.options.to_dict(), output=str(workdir / "scores") if is_primary() else "",
+    )
+    _say(table(split, scores[split]))
+    _say(f"drawn and scored in {time.monotonic() - started:.1f} s")
+  if is_primary():
+    (workdir / "scores" / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
 
 
 def _say(line: str) -> None:

@@ -92,10 +92,15 @@ class Pipeline:
       uint8 [n, H, W, 3].
 
     Raises:
-      UserError: for an option that the system does not have.
+      UserError: for an option that the system does not have, or a seed or batch
+        size out of range.
     """
     if not prompts:
       raise UserError("no prompts to draw")
+    if not 0 <= seed < 2**32:
+      raise UserError(f"seed={seed} is out of range; use 0 to {2**32 - 1}")
+    if batch_size < 1:
+      raise UserError(f"batch_size={batch_size} draws nothing; use 1 or more")
     chosen = base.make_options(self.system, options)
     variables = self.variables if variables is None else variables
     shards = batch_shards(self.mesh)
@@ -112,6 +117,23 @@ class Pipeline:
         pictures.append(np.asarray(drawn)[: len(part)])
         progress(start + len(part))
     return np.concatenate(pictures)
+
+  def check(self, variables: Any, **options: Any) -> None:
+    """Traces, without compiling or drawing, what a call with these options would run.
+
+    Args:
+      variables: of the call; shapes are enough.
+      **options: of the system's sampler.
+
+    Raises:
+      UserError: for what the system refuses.
+    """
+    rows = batch_shards(self.mesh)
+    chosen = base.make_options(self.system, options)
+    text = self.tokenizer.encode([""] * rows)
+    with jax.set_mesh(self.mesh):
+      given = jax.eval_shape(self.system.condition, variables, {"text": {GROUP: text}})
+      jax.eval_shape(self._to_uint8, variables, given, jnp.uint32(0), np.arange(rows), chosen)
 
   def truncated(self, prompts: Sequence[str]) -> list[str]:
     """A line for each prompt that the encoder cannot take whole, saying what is cut."""

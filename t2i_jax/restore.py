@@ -98,12 +98,14 @@ class Run:
     plan: what the state is made of.
     step: steps done when the run was opened.
     window: per-step metrics of the open logging window.
+    hooks_due: whether the run was stopped before the hooks of this step.
     checkpoints: where the state is stored.
   """
 
   plan: Plan
   step: int
   window: list[dict[str, float]]
+  hooks_due: bool
   checkpoints: Checkpoints
   _state: State | None
   _system: str
@@ -128,18 +130,23 @@ class Run:
       workdir / "checkpoints", keep_last=config.checkpoint.keep_last,
       keep_every=steps_of(config.checkpoint.keep_every, "checkpoint.keep_every") or None,
     )
-    run = cls(plan, 0, [], checkpoints, None, config.system)
+    run = cls(plan, 0, [], False, checkpoints, None, config.system)
     if checkpoints.latest_step() is not None:
       run._restore(checkpoints, frozen, loader)
     elif config.resume:
-      run._restore(Checkpoints(epath.Path(config.resume) / "checkpoints", read_only=True),
-                   frozen, loader)
+      assembly.read_run_config(epath.Path(config.resume))
+      others = Checkpoints(epath.Path(config.resume) / "checkpoints", read_only=True)
+      run._restore(others, frozen, loader)
+      others.close()
     else:
       run._state = plan.create(put(loader.peek(), batch_sharding(mesh)), frozen)
       if config.init_from:
         run._state = _initialised(run._state, system, export.read(config.init_from))
-    checkpoints.save_frozen(run._state.frozen)
     return run
+
+  def save_frozen(self) -> None:
+    """Stores the frozen groups, once a run; before `take_state`."""
+    self.checkpoints.save_frozen(self._state.frozen)
 
   def take_state(self) -> State:
     """The state, which the caller may donate; the run forgets it."""
@@ -163,55 +170,57 @@ class Run:
       )
     state = checkpoints.restore(step, self.plan.abstract_state.replace(frozen={}))
     self._state = state.replace(frozen=jax.device_put(frozen, self.plan.shardings.frozen))
-    self.step, self.window = step, meta["window"]
+    self.step, self.window, self.hooks_due = step, meta["window"], meta["hooks_due"]
     loader.restore(meta["data"])
 
 
 def _initialised(state: State, system: System, exported: export.Export) -> State:
   """`state` with the exported parameters and collections where it has the same ones."""
-  flat = export.flatten(exported.variables)
 
-  def taken(kind: str, tree: Any, groups) -> Any:
-    given = {k: v for k, v in flat.items() if k.split("/")[:1] == [kind]}
-    wanted = {f"{kind}/{k}": v for k, v in export.flatten({g: tree[g] for g in groups}).items()}
+  def taken(kind: str, tree: Any) -> Any:
+    shared = [group for group in tree if group in exported.variables.get(kind, {})]
+    given = export.flatten({group: exported.variables[kind][group] for group in shared})
+    wanted = export.flatten({group: tree[group] for group in shared})
     _compare(exported.path, wanted, given)
-    new = {k.removeprefix(f"{kind}/"): jax.device_put(np.asarray(given[k], v.dtype), v.sharding)
-           for k, v in wanted.items()}
+    new = {k: jax.device_put(np.asarray(given[k], v.dtype), v.sharding) for k, v in wanted.items()}
     return {**tree, **export.unflatten(new)}
 
-  exported_groups = [g for g in state.params if g in exported.variables["params"]]
-  params = taken("params", state.params, exported_groups)
-  collections = {
-    kind: taken(kind, tree, [g for g in tree if g in exported.variables.get(kind, {})])
-    for kind, tree in state.collections.items()
-  }
+  if not set(state.params) & set(exported.variables.get("params", {})):
+    raise UserError(f"init_from={exported.path} has no parameters for this config's "
+                    f"{', '.join(sorted(state.params))}; it is of the system "
+                    f"{exported.config.system}")
+  params = taken("params", state.params)
+  collections = {kind: taken(kind, tree) for kind, tree in state.collections.items()}
   ema = {g: jax.tree.map(jax.numpy.copy, params[g]) for g in state.ema}
   return state.replace(params=params, ema=ema, collections=collections)
 
 
 def _compare(path: Any, wanted: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-  missing = sorted(set(wanted) - set(given))
+  missing, more = sorted(set(wanted) - set(given)), sorted(set(given) - set(wanted))
   wrong = sorted(k for k in set(wanted) & set(given) if wanted[k].shape != given[k].shape)
-  if missing or wrong or not wanted:
-    first = (missing or wrong or ["every parameter"])[0]
+  if missing or more or wrong:
     raise UserError(
-      f"init_from={path} does not fit this config: {len(missing)} arrays are missing and "
-      f"{len(wrong)} have another shape, such as {first}; use the config that it was trained with"
+      f"init_from={path} does not fit this config: {len(missing)} arrays are missing, {len(more)} "
+      f"have no place and {len(wrong)} have another shape, such as {(missing + more + wrong)[0]}; "
+      "use the model and text sections that it was trained with"
     )
 
 
 def held_variables(system: System, state: State, ema: bool) -> dict[str, Any]:
-  """Variables that sampling needs, as numpy on every host."""
-  variables = state.variables(ema)
+  """Variables of the groups that sampling needs, where they lie."""
   wanted = set(system.ema_groups) | set(system.frozen_groups)
   kept = {
     kind: {name: tree for name, tree in groups.items() if name in wanted}
-    for kind, groups in variables.items()
+    for kind, groups in state.variables(ema).items()
   }
-  kept = {kind: groups for kind, groups in kept.items() if groups}
+  return {kind: groups for kind, groups in kept.items() if groups}
+
+
+def on_host(tree: Any) -> Any:
+  """A tree of global arrays as numpy arrays; on several hosts, called by all of them."""
   if jax.process_count() > 1:
-    return jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True), kept)
-  return jax.device_get(kept)
+    return jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True), tree)
+  return jax.device_get(tree)
 
 
 def restored_variables(
@@ -234,4 +243,5 @@ def restored_variables(
   plan = Plan.make(config, mesh, system, frozen, 1, lambda value, key: 0)
   state = checkpoints.restore(step, plan.abstract_state.replace(frozen={}))
   checkpoints.close()
-  return config, step, held_variables(system, state.replace(frozen=frozen), ema), tokenizer
+  variables = held_variables(system, state.replace(frozen=frozen), ema)
+  return config, step, on_host(variables), tokenizer

@@ -17,7 +17,8 @@ def main(argv: list[str] | None = None) -> None:
     "Draws pictures for prompts from an export: a PNG a picture, and a grid with the prompts.\n"
     "Nothing but the export's folder is needed. The same seed, prompt and options give the same\n"
     "picture on one device or many.",
-    "python -m t2i_jax.sample --export=runs/quickstart/export --prompt='a small red star at the top'",
+    "python -m t2i_jax.sample --export=runs/quickstart/export --prompt='a small red ring at the "
+    "top'",
     "python -m t2i_jax.sample --export=DIR --prompt='a dog' --count=8 --seed=3 --guidance=4 "
     "--steps=30",
     "python -m t2i_jax.sample --export=DIR --prompts=prompts.txt --output=pictures "
@@ -70,7 +71,9 @@ def sampling_options(flags, pipeline) -> dict[str, object]:
 def _sample(flags) -> None:
   prompts = _prompts(flags)
   if flags.count < 1:
-    raise UserError(f"--count={flags.count} draws nothing")
+    raise UserError(f"--count={flags.count} draws nothing; use 1 or more")
+  output = Path(flags.output)
+  output.mkdir(parents=True, exist_ok=True)
   command.set_up_jax()
   from t2i_jax.pipeline import Pipeline
   from t2i_jax.training.grids import prompt_grid, save_picture
@@ -87,7 +90,6 @@ def _sample(flags) -> None:
       repeated, flags.seed, batch_size=flags.batch_size,
       progress=lambda done: bar.update(done - bar.n), **options,
     )
-  output = Path(flags.output)
   for i, (picture, prompt) in enumerate(zip(pictures, repeated, strict=True)):
     save_picture(output / f"{i:05d}_{_slug(prompt)}.png", picture)
   save_picture(output / "grid.png", prompt_grid(pictures, repeated))
@@ -99,11 +101,18 @@ def _prompts(flags) -> list[str]:
   if flags.prompts:
     try:
       lines = Path(flags.prompts).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-      raise UserError(f"--prompts={flags.prompts} cannot be read: {error}") from error
+    except OSError as error:
+      raise UserError(f"--prompts={flags.prompts} cannot be read: {error.strerror}; give a text "
+                      "file with a prompt on each line") from error
+    except UnicodeDecodeError as error:
+      raise UserError(f"--prompts={flags.prompts} is not UTF-8 text ({error.reason} at byte "
+                      f"{error.start}); save it as UTF-8") from error
     prompts += [line.strip() for line in lines if line.strip()]
   if not prompts:
     raise UserError("no prompts: give --prompt='...' or --prompts=FILE with a prompt on each line")
+  for prompt in prompts:
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+      raise UserError(f"--prompt={ascii(prompt)} is not UTF-8 text; check the terminal's encoding")
   return prompts
 
 

@@ -160,8 +160,13 @@ def _through_grain(batches: _HostBatches, workers: int) -> Iterator:
   Threads suit large JPEGs, whose decoding releases the interpreter's lock;
   small pictures want processes.
   """
-  from absl import flags
-  from grain import python as grain
+  try:
+    from absl import flags
+    from grain import python as grain
+  except ImportError as error:
+    raise UserError(f"this data set is read through grain, which cannot be imported ({error}): "
+                    "pip install grain, or raise data.memory_limit_mb and set data.workers=0 to "
+                    "keep its pictures in memory") from error
 
   if not flags.FLAGS.is_parsed():  # grain's workers read absl flags
     flags.FLAGS.mark_as_parsed()

@@ -24,6 +24,18 @@ def stratified(rng: Array, rows: int, steps: int) -> Array:
   return jax.random.permutation(order_key, (u * steps).astype(jnp.int32))
 
 
+def shifted(t: Array, shift: float, steps: int) -> Array:
+  """Integer times moved towards noise (shift > 1) or towards the picture (< 1).
+
+  Esser et al. 2024, equation 23, on t / steps. Pictures whose content shows
+  through much noise (few, large, flat objects) leave only the noisiest times
+  for the text to decide anything; a shift gives those more of the training.
+  """
+  u = (t.astype(jnp.float32) + 0.5) / steps
+  u = shift * u / (1.0 + (shift - 1.0) * u)
+  return jnp.clip((u * steps).astype(jnp.int32), 0, steps - 1)
+
+
 DENSITIES = {"uniform": uniform, "stratified": stratified}
 
 

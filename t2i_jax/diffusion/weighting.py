@@ -21,6 +21,9 @@ WEIGHTINGS: dict[str, Weighting] = {
   "x0": lambda snr: jnp.ones_like(snr),
   # Salimans and Ho 2022, section 4, "SNR + 1": plain error of v.
   "v": lambda snr: 1.0 + snr,
+  # The same up to the ratio at which Hang et al. 2023 stop, gamma = 5: without the bound, a
+  # network that predicts x_0 learns little else than to copy almost clean pictures.
+  "v_bounded": lambda snr: 1.0 + jnp.minimum(snr, 5.0),
   # Hang et al. 2023, min(SNR, gamma) with their gamma = 5.
   "min_snr": lambda snr: jnp.minimum(snr, 5.0),
 }

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from t2i_jax.errors import UserError, unknown
+from t2i_jax.systems import base
 
 SYSTEMS = {
   "conditional_vae": "t2i_jax.systems.vae.conditional_vae:ConditionalVAE",
@@ -40,7 +41,9 @@ def default_sections(name: str) -> dict[str, ConfigDict]:
   }
 
 
-def build(config: Mapping[str, Any], components: Mapping[str, Any] | None = None, dtype=jnp.float32):
+def build(
+  config: Mapping[str, Any], components: Mapping[str, Any] | None = None, dtype: Any = jnp.float32
+) -> base.System:
   """The system of a config.
 
   Args:
@@ -57,8 +60,9 @@ def build(config: Mapping[str, Any], components: Mapping[str, Any] | None = None
   cls = load(config["system"])
   for section, target in (("model", cls), ("text", TextConditioner)):
     for key in config[section]:
-      if key not in _defaults(target):
-        raise unknown("config key", f"{section}.{key}", [f"{section}.{k}" for k in _defaults(target)])
+      known = [f"{section}.{name}" for name in _defaults(target)]
+      if f"{section}.{key}" not in known:
+        raise unknown("config key", f"{section}.{key}", known)
   encoder = components.pop("text_encoder", None)
   if config["text"].get("encoder") == "component" and encoder is None:
     raise UserError("text.encoder=component needs components.text_encoder=PATH of its export")

@@ -106,8 +106,8 @@ class Log:
       self._since = (step, now)
 
   def window(self) -> list[dict[str, float]]:
-    """What an unfinished window holds, for a checkpoint; JSON values."""
-    return self._window
+    """What an unfinished window holds, for a checkpoint written while steps go on; JSON values."""
+    return [dict(entry) for entry in self._window]
 
   def restart_clock(self) -> None:
     """Leaves what happens between two steps (a save, an evaluation) out of the speed."""
@@ -138,6 +138,7 @@ def train(
   hooks: Sequence[Hook] = (),
   stop: Callable[[int], bool] = lambda step: False,
   progress: Callable[[int, float | None], None] = lambda step, loss: None,
+  hooks_due: bool = False,
 ) -> tuple[State, int]:
   """Trains from `step` to `options.total`, or until `stop`.
 
@@ -148,9 +149,11 @@ def train(
     options: of the loop.
     log: where metrics go.
     save: `(step, state, meta)`, in the background; `meta` is JSON.
-    hooks: called at their cadence and at the end of a run that was not stopped.
+    hooks: called at their cadence and at the end, unless the run is stopping: there is no time
+      then, and `meta` says that they are due.
     stop: asked at every step; all hosts must get the same answer.
     progress: told the steps done and the last loss read.
+    hooks_due: whether the run was stopped before the hooks of `step`.
 
   Returns:
     The last state and its step. That step has been saved.
@@ -162,7 +165,8 @@ def train(
   while True:
     stopping = stop(step)
     ending = step >= options.total
-    if step > first or ending:
+    if step > first or hooks_due:
+      hooks_due = stopping
       for hook in hooks:
         if hook.every and (step % hook.every == 0 or ending) and not stopping:
           log.flush()
@@ -171,7 +175,8 @@ def train(
     due = options.save_every and step % options.save_every == 0
     if (due and step > first) or ending or stopping:
       log.flush()
-      save(step, state, {"data": dict(batches.state()), "window": log.window()})
+      position = dict(batches.state())
+      save(step, state, {"data": position, "window": log.window(), "hooks_due": hooks_due})
       log.restart_clock()
     if ending or stopping:
       return state, step

@@ -16,7 +16,7 @@ from flax import struct
 from t2i_jax.diffusion import guidance, solvers
 from t2i_jax.diffusion.parameterization import make_parameterization
 from t2i_jax.diffusion.process import expand, make_process
-from t2i_jax.diffusion.timesteps import make_density
+from t2i_jax.diffusion.timesteps import make_density, shifted
 from t2i_jax.diffusion.weighting import make_weighting
 from t2i_jax.errors import UserError
 from t2i_jax.networks.unet import UNet
@@ -58,7 +58,7 @@ class DDPM(base.System):
     schedule, steps: of the process ("linear" or "cosine").
     prediction: what the network outputs: "epsilon", "x0" or "v".
     weighting: which error the loss measures; see `diffusion.weighting`.
-    density: which times are trained; see `diffusion.timesteps`.
+    density, time_shift: which times are trained; see `diffusion.timesteps`.
     channels ... dropout: of the `UNet`.
     dtype: type of the computation.
   """
@@ -72,6 +72,7 @@ class DDPM(base.System):
   prediction: str = "epsilon"
   weighting: str = "epsilon"
   density: str = "uniform"
+  time_shift: float = 1.0
   channels: int = 128
   multipliers: tuple[int, ...] = (1, 2, 2, 2)
   blocks: int = 2
@@ -113,6 +114,8 @@ class DDPM(base.System):
           f"the {width} channels of level {level} attend, and do not divide by "
           f"model.head_channels={self.head_channels} or, for positions, by 4; change one of them"
         )
+    if self.time_shift <= 0:
+      raise UserError(f"model.time_shift={self.time_shift} is not positive; 1 shifts nothing")
     # Wrong names are found when the system is built, not when it first trains.
     self.process, self.parameterization, self.weight, self.times  # noqa: B018
 
@@ -179,6 +182,8 @@ class DDPM(base.System):
   def _errors(self, variables, batch, given: Conditioning, rng, train: bool) -> Array:
     x_0 = base.normalize_images(batch["image"])
     t = self.times(base.fold_name(rng, "time"), len(x_0), self.process.steps)
+    if self.time_shift != 1.0:
+      t = shifted(t, self.time_shift, self.process.steps)
     noise = jax.random.normal(base.fold_name(rng, "noise"), x_0.shape)
     alpha, sigma = (expand(f(t), x_0.ndim) for f in (self.process.alpha, self.process.sigma))
     output = self._network(

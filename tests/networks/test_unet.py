@@ -1,0 +1,200 @@
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from t2i_jax.networks.unet import ResBlock, UNet, nearest_upsample, shuffle, unshuffle
+
+TINY = dict(
+  channels=16, multipliers=(1, 2), blocks=1, attention_levels=(1,), head_channels=16, groups=8,
+  patch=2, coordinates=2, mlp_ratio=2.0,
+)
+NETWORK = UNet(**TINY)
+APPLY = jax.jit(NETWORK.apply)
+
+
+def inputs(rows=2, side=8):
+  keys = jax.random.split(jax.random.key(0), 3)
+  return dict(
+    x=jax.random.normal(keys[0], (rows, side, side, 3)),
+    t=jnp.arange(rows) * 400,
+    context=jax.random.normal(keys[1], (rows, 5, 12)),
+    mask=jnp.arange(5) < jnp.array([[3], [5]])[:rows],
+    pooled=jax.random.normal(keys[2], (rows, 7)),
+  )
+
+
+def perturbed(params, seed=1):
+  """Parameters in general position: those that start at zero, or one, do not stay there."""
+  random = np.random.default_rng(seed)
+  return jax.tree.map(lambda x: x + 0.1 * random.normal(size=x.shape).astype(np.float32), params)
+
+
+@pytest.fixture(scope="module")
+def fresh():
+  # A key of this kind compiles in a fraction of the time.
+  return jax.jit(NETWORK.init)(jax.random.key(0, impl="unsafe_rbg"), **inputs())
+
+
+@pytest.fixture(scope="module")
+def params(fresh):
+  return perturbed(fresh)
+
+
+@pytest.fixture(scope="module")
+def run(params):
+  """The network as a function of its inputs."""
+  return lambda **changes: APPLY(params, **{**inputs(), **changes})
+
+
+def count(network, side=32, **given):
+  shapes = jax.eval_shape(
+    network.init, jax.random.key(0), jnp.zeros((1, side, side, 3)), jnp.zeros(1), **given
+  )
+  return sum(x.size for x in jax.tree.leaves(shapes))
+
+
+def test_the_published_cifar10_network_has_its_parameters():
+  # Ho et al. 2020, appendix B: 35.7 million; the exact number is that of their checkpoint.
+  network = UNet(
+    channels=128, multipliers=(1, 2, 2, 2), blocks=2, attention_levels=(1,), head_channels=256,
+    groups=32, scale_shift=False, positions=False,
+  )
+  assert count(network) == 35_746_307
+
+
+def test_a_network_with_text_has_the_parameters_counted_by_hand(fresh):
+  conv = lambda size, i, o: size**2 * i * o + o  # noqa: E731
+  dense, norm = (lambda i, o: i * o + o), (lambda c: 2 * c)
+  width, text, pooled = 4 * 16, 12, 7
+
+  def block(i, o):
+    skip = dense(i, o) if i != o else 0
+    return norm(i) + conv(3, i, o) + dense(width, 2 * o) + norm(o) + conv(3, o, o) + skip
+
+  def attention(c):
+    own = norm(c) + 4 * dense(c, c)
+    cross = norm(c) + 2 * dense(c, c) + 2 * dense(text, c)
+    return own + cross + norm(c) + dense(c, 2 * c) + dense(2 * c, c)
+
+  expected = conv(3, 3 * 4 + 8, 16) + dense(16, width) + dense(width, width) + dense(pooled, width)
+  expected += block(16, 16) + conv(3, 16, 16) + block(16, 32) + attention(32)
+  expected += 2 * block(32, 32) + attention(32)
+  expected += block(32 + 32, 32) + block(32 + 16, 32) + 2 * attention(32) + conv(3, 32, 32)
+  expected += block(32 + 16, 16) + block(16 + 16, 16) + norm(16) + conv(3, 16, 3 * 4)
+  assert sum(x.size for x in jax.tree.leaves(fresh)) == expected
+
+
+@pytest.mark.parametrize(
+  "dtype, changes, shape",
+  [
+    (jnp.float32, {"patch": 1, "coordinates": 0, "multipliers": (1,), "attention_levels": ()},
+     (1, 6, 10, 3)),
+    (jnp.bfloat16, {"multipliers": (1, 2, 3), "blocks": 2, "attention_levels": (0, 2)},
+     (3, 16, 24, 4)),
+    (jnp.float32, {"scale_shift": False, "mlp_ratio": 0.0, "positions": False}, (2, 8, 8, 1)),
+  ],
+)
+def test_the_output_is_a_float32_picture(dtype, changes, shape):
+  network = UNet(**{**TINY, **changes, "dtype": dtype})
+  given = jnp.zeros(shape), jnp.zeros(shape[0]), jnp.zeros((shape[0], 5, 12))
+  out, variables = jax.eval_shape(
+    lambda *given: network.init_with_output(jax.random.key(0), *given), *given
+  )
+  assert out.shape == shape and out.dtype == jnp.float32
+  assert {x.dtype for x in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+
+
+def test_coordinates_enter_beside_the_picture(fresh):
+  assert fresh["params"]["conv_in"]["kernel"].shape == (3, 3, 3 * 2**2 + 4 * 2, 16)
+
+
+def test_it_starts_by_predicting_zero(fresh):
+  assert np.all(np.asarray(APPLY(fresh, **inputs())) == 0)
+
+
+def test_residual_branches_start_at_zero(fresh):
+  flat = {
+    "/".join(p.key for p in path): leaf
+    for path, leaf in jax.tree_util.tree_flatten_with_path(fresh["params"])[0]
+  }
+  ends = re.compile(r"(block_?\d*/conv_out|attention/out|mlp_out)/kernel$")
+  last = [name for name in flat if ends.search(name)]
+  # 2 residual blocks down, 2 in the middle, 4 up; 4 places with 2 attentions and an MLP.
+  assert len(last) == 8 + 4 * 3
+  assert all(np.all(np.asarray(flat[name]) == 0) for name in last)
+
+
+def test_masked_text_changes_nothing_and_other_text_does(run):
+  context, mask = inputs()["context"], inputs()["mask"]
+  np.testing.assert_allclose(run(context=jnp.where(mask[..., None], context, 50.0)), run(),
+                             atol=1e-5)
+  moved = np.abs(run(context=context.at[:, 0].add(1.0)) - run()).max(axis=(1, 2, 3))
+  assert np.all(moved > 1e-3)
+
+
+def test_rows_do_not_mix(run):
+  x = inputs()["x"]
+  other = run(x=x.at[1].add(1.0), t=jnp.array([0, 3]))
+  np.testing.assert_allclose(other[0], run()[0], atol=1e-5)
+  assert np.abs(other[1] - run()[1]).max() > 1e-2
+
+
+@pytest.mark.parametrize("name, change", [("t", 1), ("pooled", 1.0)])
+def test_time_and_the_pooled_text_matter(run, name, change):
+  moved = np.abs(run(**{name: inputs()[name] + change}) - run()).max(axis=(1, 2, 3))
+  assert np.all(moved > 1e-3)
+
+
+def test_gradient_reaches_every_parameter(params):
+  def loss(params):
+    return jnp.sum(jnp.square(NETWORK.apply(params, **inputs())))
+
+  for path, gradient in jax.tree_util.tree_flatten_with_path(jax.jit(jax.grad(loss))(params))[0]:
+    # A key's bias moves all of a query's logits alike, which the softmax does not see.
+    if path[-2:] != (jax.tree_util.DictKey("key"), jax.tree_util.DictKey("bias")):
+      assert np.abs(gradient).max() > 1e-6, jax.tree_util.keystr(path)
+
+
+def test_bfloat16_keeps_norms_softmax_and_the_output_in_float32(params, run):
+  network = UNet(**TINY, dtype=jnp.bfloat16)
+  program = str(jax.make_jaxpr(network.apply)(params, **inputs()))
+  # Softmax's exponentials and the norms' inverse roots.
+  types = re.findall(r":(\w+)\[[^\]]*\] = (?:exp|rsqrt)\b", program)
+  assert len(types) > 20 and set(types) == {"f32"}
+  products = re.findall(r":(\w+)\[[^\]]*\] = (?:dot_general|conv_general_dilated)\[", program)
+  # All but the last convolution and the attentions' logits.
+  assert products.count("bf16") > 0.8 * len(products) and products[-1] == "f32"
+
+  out = jax.jit(network.apply)(params, **inputs())
+  exact = run()
+  assert np.abs(out - exact).max() < 0.05 * np.abs(exact).max()
+  rounded = out.astype(jnp.bfloat16).astype(jnp.float32)
+  assert np.mean(np.asarray(rounded != out)) > 0.9
+
+
+def test_dropout_is_on_in_training_alone():
+  block = ResBlock(8, groups=4, dropout=0.5)
+  x, embedding = jnp.ones((1, 4, 4, 8)) * jnp.arange(8), jnp.ones((1, 3))
+  params = perturbed(block.init(jax.random.key(0, impl="unsafe_rbg"), x, embedding, False))
+  apply = jax.jit(block.apply, static_argnums=3)
+  train = lambda seed: apply(params, x, embedding, True, rngs={"dropout": jax.random.key(seed)})  # noqa: E731
+  np.testing.assert_array_equal(train(1), train(1))
+  assert np.abs(train(1) - train(2)).max() > 1e-2
+  assert np.abs(train(1) - apply(params, x, embedding, False)).max() > 1e-2
+
+
+@pytest.mark.parametrize("patch", [1, 2, 4])
+def test_shuffle_inverts_unshuffle(patch):
+  x = np.arange(2 * 8 * 12 * 3).reshape(2, 8, 12, 3)
+  patches = unshuffle(x, patch)
+  assert patches.shape == (2, 8 // patch, 12 // patch, 3 * patch**2)
+  np.testing.assert_array_equal(patches[1, 1, 0], x[1, patch : 2 * patch, :patch].reshape(-1))
+  np.testing.assert_array_equal(shuffle(patches, patch), x)
+
+
+def test_nearest_upsample_doubles_each_pixel():
+  x = np.arange(2 * 3 * 2 * 4).reshape(2, 3, 2, 4)
+  np.testing.assert_array_equal(nearest_upsample(jnp.asarray(x)), x.repeat(2, 1).repeat(2, 2))
