@@ -186,5 +186,5 @@ class Decoder(nn.Module):
       return jnp.log(jnp.float32(self.scale))
     # Times 10, so that it follows the falling error and not the optimizer's step
     # size; and a floor, as flat pictures have no finite optimum.
-    log_scale = 10.0 * self.param("log_scale", zeros, ())
+    log_scale = math.log(0.25) + 10.0 * self.param("log_scale", zeros, ())
     return jnp.logaddexp(log_scale, math.log(SCALE_FLOOR))

@@ -38,12 +38,17 @@ class TransformerEncoder(nn.Module):
     x = nn.Embed(self.vocab_size, self.width, embedding_init=init, name="tokens")(ids)
     x = x + self.param("positions", init, (self.length, self.width))[: ids.shape[1]]
     x = x.astype(self.dtype)
+    # The branches start at zero: the embeddings are small, and random branches of normalised
+    # inputs would drown at the start which token stands where.
+    zeros = nn.initializers.zeros
     for i in range(self.layers):
       y = nn.LayerNorm(dtype=self.dtype, name=f"norm_attention_{i}")(x)
-      x = x + MultiHeadAttention(self.heads, dtype=self.dtype, name=f"attention_{i}")(y, mask=mask)
+      x = x + MultiHeadAttention(
+        self.heads, zero_output=True, dtype=self.dtype, name=f"attention_{i}"
+      )(y, mask=mask)
       y = nn.LayerNorm(dtype=self.dtype, name=f"norm_mlp_{i}")(x)
       y = nn.gelu(nn.Dense(4 * self.width, dtype=self.dtype, name=f"mlp_in_{i}")(y))
-      x = x + nn.Dense(self.width, dtype=self.dtype, name=f"mlp_out_{i}")(y)
+      x = x + nn.Dense(self.width, dtype=self.dtype, kernel_init=zeros, name=f"mlp_out_{i}")(y)
     x = nn.LayerNorm(dtype=self.dtype, name="norm_out")(x)
     weights = mask[..., None].astype(x.dtype)
     if self.pool == "flatten":

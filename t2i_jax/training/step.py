@@ -165,7 +165,7 @@ def _update(
   updates, optimizer_state = optimizer.update(gradients, state.optimizer[player.name], trained)
   trained = optax.apply_updates(trained, updates)
   count = state.updates[player.name]
-  norm = optax.global_norm(gradients)
+  norm = optax.tree.norm(gradients)
   finite = jnp.isfinite(norm) & jnp.isfinite(aux.metrics["loss"])
   for leaf in jax.tree.leaves(aux.collections):
     if jnp.issubdtype(leaf.dtype, jnp.floating):

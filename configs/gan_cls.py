@@ -1,0 +1,42 @@
+"""GAN-INT-CLS: DCGAN on captions, a discriminator that sees mismatched pairs.
+
+  python -m t2i_jax.main --config=configs/gan_cls.py --workdir=runs/gan_cls
+
+The LSTM that reads the captions is trained with it, by the discriminator.
+
+Arguments:
+  size: "small" (32 px, for two CPU cores, the default); "64", the published
+    networks at 64 px; "tiny", for tests.
+  dataset: "scenes" (one object), "scenes_two", "scenes_all", "emoji", "folder".
+
+Paper: Reed, Akata, Yan, Logeswaran, Schiele and Lee 2016 (Generative
+Adversarial Text to Image Synthesis).
+"""
+
+from t2i_jax import recipe
+from t2i_jax.config import choose, parse_arg
+
+SIZES = {
+  "small": dict(resolution=32, generator_channels=32, discriminator_channels=32),
+  "64": dict(resolution=64, generator_channels=64, discriminator_channels=64),
+  "tiny": dict(resolution=16, generator_channels=8, discriminator_channels=8, noise_size=8,
+               text_size=16),
+}
+
+
+def get_config(arg=None):
+  arg = parse_arg(arg, size="small", dataset="scenes")
+  config = recipe.base("gan_cls", arg.dataset)
+  config.model.update(choose("size", arg.size, SIZES))
+  config.text.update(encoder="lstm", drop=0.0, width=1024 if arg.size == "64" else 256)
+  config.train.update(duration="4000 steps", batch_size=64)
+  config.optimizer.update(name="adam", learning_rate=2e-4, b1=0.5, clip_norm=0.0)
+  config.ema.decay = 0.999
+  if arg.size == "64":
+    config.train.duration = "600 epochs" if arg.dataset == "folder" else "100k steps"
+  if arg.size == "tiny":
+    config.text.update(width=32, vocab_size=300)
+    config.train.update(duration="4 steps", batch_size=8)
+    config.sample.update(count=4)
+    config.log.every = "1 steps"
+  return config

@@ -1,0 +1,231 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from t2i_jax.errors import UserError
+from t2i_jax.systems import base
+from t2i_jax.systems.conditioning import TextConditioner
+from t2i_jax.systems.diffusion.ddpm import DDPM, Options
+
+TEXT = TextConditioner(length=4, vocab_size=16, width=8, layers=1, heads=2, drop=0.2)
+SYSTEM = DDPM(
+  TEXT, resolution=8, schedule="cosine", steps=50, prediction="v", weighting="v", channels=8,
+  multipliers=(1,), blocks=1, attention_levels=(), head_channels=8, groups=4, patch=2,
+)  # fmt: skip
+KEY = jax.random.key(0)
+BLACK, WHITE = (jnp.array([1, word, 2, 0], jnp.int32) for word in (5, 6))
+
+
+def make_batch(rows, seed=0):
+  """White pictures called white, and black ones called black."""
+  white = np.random.default_rng(seed).integers(0, 2, rows).astype(bool)
+  ids = jnp.where(white[:, None], WHITE, BLACK)
+  image = jnp.broadcast_to(jnp.asarray(white * 255, jnp.uint8)[:, None, None, None], (rows, 8, 8, 3))
+  return {"image": image, "text": {"text_encoder": {"ids": ids, "mask": ids != 0}}}
+
+
+def other_captions(batch):
+  text = batch["text"]["text_encoder"]
+  ids = jnp.where(text["ids"] == 5, 6, jnp.where(text["ids"] == 6, 5, text["ids"]))
+  return {**batch, "text": {"text_encoder": {**text, "ids": ids}}}
+
+
+@pytest.fixture(scope="module")
+def fresh():
+  init = jax.jit(lambda: SYSTEM.init(jax.random.key(0, impl="unsafe_rbg"), make_batch(2), {}))
+  return init()
+
+
+@pytest.fixture(scope="module")
+def moved(fresh):
+  """Variables in general position: nothing is still at its initial zero."""
+  random = np.random.default_rng(1)
+  return jax.tree.map(lambda x: x + 0.1 * random.normal(size=x.shape).astype("f4"), fresh)
+
+
+@pytest.fixture(scope="module")
+def trained(fresh):
+  """A little training, enough for the text to matter."""
+  player, optimizer = SYSTEM.players[0], optax.adam(3e-3)
+
+  @jax.jit
+  def step(i, carry):
+    params, state = carry
+    rng = jax.random.fold_in(KEY, i)
+    batch = make_batch(16)
+    gradients, _ = player.gradients({"params": params}, batch, rng, i)
+    updates, state = optimizer.update(gradients, state, params)
+    return optax.apply_updates(params, updates), state
+
+  params = fresh["params"]
+  carry = params, optimizer.init(params)
+  for i in range(150):
+    carry = step(jnp.int32(i), carry)
+  return {"params": carry[0]}
+
+
+LOSS = jax.jit(lambda variables, batch, rng: SYSTEM.loss(variables, batch, rng, 0)[0])
+EVALUATION = jax.jit(SYSTEM.evaluation_loss)
+CONDITION = jax.jit(SYSTEM.condition)
+TRACES = []
+
+
+@jax.jit
+def draw(variables, conditioning, keys, options):
+  TRACES.append(options)
+  return SYSTEM.sample(variables, conditioning, keys, options)
+
+
+def test_groups_and_capabilities(fresh):
+  assert set(fresh["params"]) == {"text_encoder", "denoiser"}
+  (player,) = SYSTEM.players
+  assert set(player.trains) == set(SYSTEM.ema_groups) == set(fresh["params"])
+  assert SYSTEM.frozen_groups == ()
+  assert isinstance(SYSTEM, base.Sampler) and isinstance(SYSTEM, base.Evaluated)
+  assert set(SYSTEM.batch_spec()) == {
+    "image", "text/text_encoder/ids", "text/text_encoder/mask"
+  }
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "x0", "v"])
+def test_loss_at_init_is_the_targets_power(fresh, prediction):
+  # The network predicts zero; on black and white pictures every target has a mean square of 1.
+  system = dataclasses.replace(SYSTEM, prediction=prediction, weighting=prediction)
+  loss, _ = system.loss(fresh, make_batch(64), KEY, 0)
+  assert loss == pytest.approx(1.0, abs=0.03)
+  assert loss.dtype == jnp.float32 and loss.shape == ()
+
+
+def test_weighting_is_of_the_error_whatever_is_predicted(fresh):
+  # A prediction of zero noise: the error of x_0 is sigma / alpha times that of the noise.
+  batch = make_batch(64)
+  system = dataclasses.replace(SYSTEM, prediction="epsilon", weighting="x0", schedule="linear")
+  t = system.times(base.fold_name(KEY, "time"), 64, 50)
+  ratio = jnp.mean((system.process.sigma(t) / system.process.alpha(t)) ** 2)
+  assert system.loss(fresh, batch, KEY, 0)[0] == pytest.approx(float(ratio), rel=0.2)
+
+
+def test_evaluation_is_by_example_and_without_dropout(moved):
+  batch = make_batch(8)
+  losses = EVALUATION(moved, batch, KEY)["loss"]
+  assert losses.shape == (8,) and losses.dtype == jnp.float32
+  changed = {**batch, "image": batch["image"].at[3].set(99)}
+  same = np.isclose(EVALUATION(moved, changed, KEY)["loss"], losses, rtol=1e-5)
+  assert list(np.flatnonzero(~same)) == [3]
+  # Every row's caption is seen, for none is dropped.
+  swapped = EVALUATION(moved, other_captions(batch), KEY)["loss"]
+  assert np.all(np.abs(swapped / losses - 1) > 1e-5)
+
+
+def test_training_and_evaluation_measure_the_same_error(moved):
+  batch = make_batch(8)
+  kept = dataclasses.replace(SYSTEM, text=dataclasses.replace(TEXT, drop=0.0))
+  loss = jax.jit(lambda: kept.loss(moved, batch, KEY, 0)[0])()
+  expected = jnp.mean(EVALUATION(moved, batch, KEY)["loss"])
+  np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
+def test_captions_are_dropped_in_training(moved):
+  batch = make_batch(8)
+  always = dataclasses.replace(SYSTEM, text=dataclasses.replace(TEXT, drop=1.0))
+  loss = jax.jit(lambda batch: always.loss(moved, batch, KEY, 0)[0])
+  assert loss(batch) == loss(other_captions(batch))
+  assert LOSS(moved, batch, KEY) != LOSS(moved, other_captions(batch), KEY)
+
+
+def test_every_step_has_its_own_times_and_noise(moved):
+  batch = make_batch(8)
+  assert LOSS(moved, batch, KEY) == LOSS(moved, batch, KEY)
+  assert LOSS(moved, batch, KEY) != LOSS(moved, batch, jax.random.fold_in(KEY, 1))
+
+
+def test_bfloat16_measures_nearly_the_same_in_float32(moved):
+  text = dataclasses.replace(TEXT, dtype=jnp.bfloat16)
+  halves = dataclasses.replace(SYSTEM, text=text, dtype=jnp.bfloat16)
+  batch = make_batch(8)
+  losses = jax.jit(halves.evaluation_loss)(moved, batch, KEY)["loss"]
+  assert losses.dtype == jnp.float32
+  np.testing.assert_allclose(losses, EVALUATION(moved, batch, KEY)["loss"], rtol=0.03)
+
+
+def test_a_picture_is_its_keys_alone(moved):
+  # Alone on one device, or among others on eight.
+  batch, options = make_batch(8), Options(steps=3)
+  keys = base.picture_keys(7, jnp.arange(8))
+  mesh = Mesh(np.array(jax.devices()), ("data",))
+  rows, whole = (NamedSharding(mesh, PartitionSpec(axis)) for axis in ("data", None))
+  placed = jax.device_put((CONDITION(moved, batch), keys), rows)
+  with jax.set_mesh(mesh):
+    together = draw(jax.device_put(moved, whole), *placed, options)
+  few = jax.tree.map(lambda x: x[3:5], batch)
+  alone = draw(moved, CONDITION(moved, few), keys[3:5], options)
+  assert together.shape == (8, 8, 8, 3) and together.dtype == jnp.float32
+  np.testing.assert_allclose(alone, np.asarray(together)[3:5], atol=1e-4)
+  assert np.abs(alone[0] - alone[1]).max() > 0.1
+
+
+def test_guidance_is_traced_and_what_shapes_the_program_is_not(moved):
+  conditioning, keys = CONDITION(moved, make_batch(2)), base.picture_keys(0, jnp.arange(2))
+  run = lambda **options: draw(moved, conditioning, keys, Options(**options))  # noqa: E731
+  run(steps=2)
+  TRACES.clear()
+  pictures = [run(steps=2, guidance=scale) for scale in (0.0, 1.0, 7.5)]
+  assert not TRACES
+  assert all(np.abs(a - pictures[0]).max() > 1e-4 for a in pictures[1:])
+  for changes in ({"solver": "ddpm"}, {"eta": 0.5}, {"clip": False}, {"steps": 1}):
+    TRACES.clear()
+    run(**{"steps": 2, **changes})
+    assert len(TRACES) == 1, changes
+
+
+def test_scale_one_is_the_captions_and_zero_is_nobodys(moved):
+  batch, keys = make_batch(2), base.picture_keys(0, jnp.arange(2))
+  right, wrong = (CONDITION(moved, b) for b in (batch, other_captions(batch)))
+  run = lambda given, scale: draw(moved, given, keys, Options(steps=2, guidance=scale))  # noqa: E731
+  without_null = right.replace(null=jax.tree.map(jnp.zeros_like, right.null))
+  np.testing.assert_allclose(run(right, 1.0), run(without_null, 1.0), atol=1e-5)
+  np.testing.assert_allclose(run(right, 0.0), run(wrong, 0.0), atol=1e-5)
+  assert np.abs(run(right, 1.0) - run(wrong, 1.0)).max() > 1e-3
+
+
+@pytest.mark.parametrize("solver", ["ddim", "ddpm"])
+def test_training_makes_pictures_obey_their_text(trained, solver):
+  ids = jnp.stack([BLACK, WHITE, BLACK, WHITE])
+  batch = {"text": {"text_encoder": {"ids": ids, "mask": ids != 0}}}
+  options = Options(steps=8, solver=solver)
+  keys = base.picture_keys(1, jnp.zeros(4, jnp.int32))
+  pictures = draw(trained, CONDITION(trained, batch), keys, options)
+  assert np.abs(pictures).max() <= 1.0
+  black, white = pictures[::2].mean(), pictures[1::2].mean()
+  assert black < -0.5 and white > 0.5
+
+
+def test_a_frozen_text_encoder_travels_in_the_export():
+  system = dataclasses.replace(SYSTEM, text=TextConditioner("component", component=object()))
+  assert system.frozen_groups == ("text_encoder",)
+  assert system.ema_groups == system.players[0].trains == ("denoiser",)
+
+
+@pytest.mark.parametrize(
+  "values, message",
+  [
+    ({"schedule": "cosin"}, "did you mean 'cosine'"),
+    ({"prediction": "eps"}, "unknown diffusion prediction"),
+    ({"weighting": "snr"}, "unknown diffusion weighting"),
+    ({"density": "even"}, "unknown timestep density"),
+    ({"resolution": 9}, "does not divide by 2"),
+    ({"groups": 3}, "model.groups=3 does not divide"),
+    ({"attention_levels": (1,)}, "names level 1"),
+    ({"channels": 24, "head_channels": 16}, "24 channels of level 0 attend"),
+    ({"channels": 6, "groups": 2}, "by 4"),
+  ],
+)
+def test_what_makes_no_system_is_one_line(values, message):
+  with pytest.raises(UserError, match=message) as caught:
+    dataclasses.replace(SYSTEM, **values)
+  assert "\n" not in str(caught.value)
