@@ -5,6 +5,10 @@
 The system of `configs/ddpm.py` on pictures of one object (32 px), with what
 makes it learn fastest: the network predicts x_0, and its error is weighted as
 that of v. At the end it is scored on captions that it never saw.
+
+Arguments:
+  size: "small" (32 px, the default); "tiny", for tests.
+  dataset: "scenes" (one object), "scenes_two", "scenes_all", "emoji", "folder".
 """
 
 from t2i_jax import recipe

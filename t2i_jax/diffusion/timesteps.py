@@ -1,4 +1,6 @@
-"""Which times are trained."""
+"""Which times are trained: densities over [0, 1), from the picture to noise."""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -6,14 +8,15 @@ import jax.numpy as jnp
 from t2i_jax.errors import unknown
 
 Array = jax.Array
+Density = Callable[[Array, int], Array]  # (rng, rows) -> float32 [rows] in [0, 1)
 
 
-def uniform(rng: Array, rows: int, steps: int) -> Array:
-  """Independent integer times [rows], uniform over 0...steps-1 (Ho et al. 2020, algorithm 1)."""
-  return jax.random.randint(rng, (rows,), 0, steps)
+def uniform(rng: Array, rows: int) -> Array:
+  """Independent uniform times (Ho et al. 2020, algorithm 1)."""
+  return jax.random.uniform(rng, (rows,))
 
 
-def stratified(rng: Array, rows: int, steps: int) -> Array:
+def stratified(rng: Array, rows: int) -> Array:
   """One draw spread evenly over the batch: uniform for each row, less noise in the loss.
 
   Kingma et al. 2021, appendix I.1. Rows are permuted, so that no row of the
@@ -21,26 +24,29 @@ def stratified(rng: Array, rows: int, steps: int) -> Array:
   """
   offset_key, order_key = jax.random.split(rng)
   u = (jax.random.uniform(offset_key) + jnp.arange(rows) / rows) % 1.0
-  return jax.random.permutation(order_key, (u * steps).astype(jnp.int32))
+  return jax.random.permutation(order_key, u)
 
 
-def shifted(t: Array, shift: float, steps: int) -> Array:
-  """Integer times moved towards noise (shift > 1) or towards the picture (< 1).
+def shifted(u: Array, shift: float) -> Array:
+  """Times moved towards noise (shift > 1) or towards the picture (< 1).
 
-  Esser et al. 2024, equation 23, on t / steps. Pictures whose content shows
-  through much noise (few, large, flat objects) leave only the noisiest times
-  for the text to decide anything; a shift gives those more of the training.
+  Esser et al. 2024, equation 23. Pictures whose content shows through much
+  noise (few, large, flat objects) leave only the noisiest times for the text to
+  decide anything; a shift gives those more of the training.
   """
-  u = (t.astype(jnp.float32) + 0.5) / steps
-  u = shift * u / (1.0 + (shift - 1.0) * u)
-  return jnp.clip((u * steps).astype(jnp.int32), 0, steps - 1)
+  return shift * u / (1.0 + (shift - 1.0) * u)
 
 
-DENSITIES = {"uniform": uniform, "stratified": stratified}
+def discrete(u: Array, steps: int) -> Array:
+  """Integer times 0...steps-1 of a discrete process, each an equal part of [0, 1]."""
+  return jnp.minimum((u * steps).astype(jnp.int32), steps - 1)
 
 
-def make_density(name: str):
-  """The density of a name: (rng, rows, steps) -> int times [rows]; UserError for another."""
+DENSITIES: dict[str, Density] = {"uniform": uniform, "stratified": stratified}
+
+
+def make_density(name: str) -> Density:
+  """The density of a name; UserError for another."""
   if name not in DENSITIES:
     raise unknown("timestep density", name, DENSITIES)
   return DENSITIES[name]

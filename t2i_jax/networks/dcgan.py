@@ -45,12 +45,44 @@ class TextProjection(nn.Module):
     return nn.leaky_relu(batch_norm(self.dtype, "norm")(x, train), SLOPE)
 
 
-class TransposedConv(nn.Module):
-  """A 4x4 transposed convolution of stride 2 without bias: [B, H, W, C] -> [B, 2H, 2W, F].
+def _strided(y: Array, kernel: Array) -> Array:
+  """A 4x4 convolution of stride 2: [B, 2H, 2W, F], [4, 4, F, C] -> [B, H, W, C]."""
+  return jax.lax.conv_general_dilated(
+    y, kernel, (2, 2), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
+  )
 
-  Each output pixel sees 2x2 inputs, so the four phases of the output are one
-  2x2 convolution to four times the channels: the same sums as on an input
-  spread out with zeros, without the three quarters that multiply zeros.
+
+@jax.custom_vjp
+def transposed_conv(x: Array, kernel: Array) -> Array:
+  """The transpose of a 4x4 convolution of stride 2: [B, H, W, C] -> [B, 2H, 2W, F].
+
+  Its gradients are written as the convolution's own, which XLA's CPU backend
+  computes some 30 times faster than those that it derives for the kernel.
+
+  Args:
+    x: [B, H, W, C].
+    kernel: [4, 4, F, C], the convolution's from F to C channels.
+  """
+  return jax.lax.conv_transpose(
+    x, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), transpose_kernel=True
+  )
+
+
+def _transposed_conv_forward(x: Array, kernel: Array):
+  return transposed_conv(x, kernel), (x, kernel)
+
+
+def _transposed_conv_backward(residuals: tuple[Array, Array], gradient: Array):
+  x, kernel = residuals
+  out, pull_back = jax.vjp(lambda k: _strided(gradient, k), kernel)
+  return out, *pull_back(x)
+
+
+transposed_conv.defvjp(_transposed_conv_forward, _transposed_conv_backward)
+
+
+class TransposedConv(nn.Module):
+  """`transposed_conv` without bias.
 
   Attributes:
     features: F.
@@ -62,18 +94,9 @@ class TransposedConv(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    b, h, w, c = x.shape
-    # [row tap, column tap] of the window on the input spread out by two.
-    kernel = self.param("kernel", normal, (4, 4, c, self.features)).astype(self.dtype)
-    phases = kernel.reshape(2, 2, 2, 2, c, self.features)  # tap = 2 * input + phase
-    phases = phases.transpose(0, 2, 4, 1, 3, 5).reshape(2, 2, c, 4 * self.features)
-    y = jax.lax.conv_general_dilated(
-      x.astype(self.dtype), phases, (1, 1), ((1, 1), (1, 1)),
-      dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    ).reshape(b, h + 1, w + 1, 2, 2, self.features)
-    rows = jnp.stack([y[:, :h, :, 0], y[:, 1:, :, 1]], axis=2)  # [B, H, 2, W + 1, 2, F]
-    y = jnp.stack([rows[:, :, :, :w, 0], rows[:, :, :, 1:, 1]], axis=4)
-    return y.reshape(b, 2 * h, 2 * w, self.features)
+    """x [B, H, W, C] -> [B, 2H, 2W, F]."""
+    kernel = self.param("kernel", normal, (4, 4, self.features, x.shape[-1]))
+    return transposed_conv(x.astype(self.dtype), kernel.astype(self.dtype))
 
 
 class Generator(nn.Module):

@@ -20,7 +20,8 @@ def direct(weighting, x_0, noise, prediction):
   if weighting == "v":
     v = make_parameterization("v")
     return (v.target(*prediction, ALPHA, SIGMA) - v.target(x_0, noise, ALPHA, SIGMA)) ** 2
-  factor = jnp.minimum(ALPHA**2 / SIGMA**2, 5.0) if weighting == "min_snr" else 1.0
+  bounded = jnp.minimum(ALPHA**2 / SIGMA**2, 5.0)
+  factor = {"x0": 1.0, "min_snr": bounded, "v_bounded": 1.0 + bounded}[weighting]
   return factor * (prediction.x_0 - x_0) ** 2
 
 

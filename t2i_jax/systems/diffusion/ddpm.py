@@ -16,7 +16,7 @@ from flax import struct
 from t2i_jax.diffusion import guidance, solvers
 from t2i_jax.diffusion.parameterization import make_parameterization
 from t2i_jax.diffusion.process import expand, make_process
-from t2i_jax.diffusion.timesteps import make_density, shifted
+from t2i_jax.diffusion.timesteps import discrete, make_density, shifted
 from t2i_jax.diffusion.weighting import make_weighting
 from t2i_jax.errors import UserError
 from t2i_jax.networks.unet import UNet
@@ -181,9 +181,8 @@ class DDPM(base.System):
 
   def _errors(self, variables, batch, given: Conditioning, rng, train: bool) -> Array:
     x_0 = base.normalize_images(batch["image"])
-    t = self.times(base.fold_name(rng, "time"), len(x_0), self.process.steps)
-    if self.time_shift != 1.0:
-      t = shifted(t, self.time_shift, self.process.steps)
+    u = shifted(self.times(base.fold_name(rng, "time"), len(x_0)), self.time_shift)
+    t = discrete(u, self.process.steps)
     noise = jax.random.normal(base.fold_name(rng, "noise"), x_0.shape)
     alpha, sigma = (expand(f(t), x_0.ndim) for f in (self.process.alpha, self.process.sigma))
     output = self._network(

@@ -1,0 +1,94 @@
+"""Every config at every size, as text, so that a change of one default shows up in review.
+
+T2I_REGENERATE_GOLDEN=1 writes the texts anew: python -m pytest tests/test_golden_configs.py
+"""
+
+import difflib
+import functools
+import importlib.util
+import os
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import pytest
+
+from t2i_jax import assembly, recipe
+from t2i_jax import config as configs
+from t2i_jax.systems import base
+
+ROOT = Path(__file__).parent.parent
+GOLDEN = ROOT / "tests" / "golden"
+REGENERATE = "T2I_REGENERATE_GOLDEN"
+PATHS = sorted(ROOT.glob("configs/*.py"))
+
+
+def sizes_of(path):
+  spec = importlib.util.spec_from_file_location(path.stem, path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return tuple(module.SIZES)
+
+
+CASES = [pytest.param(path, size, id=f"{path.stem}-{size}") for path in PATHS
+         for size in sizes_of(path)]
+
+
+@pytest.mark.parametrize("path, size", CASES)
+def test_config_is_as_written_down(path, size):
+  text = configs.to_json(configs.load_config(f"{path}:size={size}"))
+  golden = GOLDEN / f"{path.stem}-{size}.json"
+  if os.environ.get(REGENERATE):
+    golden.write_text(text)
+  old = golden.read_text() if golden.exists() else ""
+  difference = "".join(difflib.unified_diff(
+    old.splitlines(True), text.splitlines(True), str(golden.relative_to(ROOT)), "now", n=1
+  ))
+  assert not difference, f"\n{difference}\nIf this is meant, run with {REGENERATE}=1."
+
+
+def test_no_text_is_left_of_a_config_that_is_gone():
+  assert {p.stem for p in GOLDEN.iterdir()} == {f"{case.values[0].stem}-{case.values[1]}"
+                                                for case in CASES}
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda p: p.stem)
+def test_every_config_takes_every_data_set(path):
+  for dataset in recipe.DATASETS:
+    config = configs.load_config(f"{path}:size=tiny,dataset={dataset}")
+    assert dataset.startswith(config.data.name) and config.is_locked
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda p: p.stem)
+def test_the_docstring_gives_the_command_and_the_sizes(path):
+  text = path.read_text()
+  assert f"python -m t2i_jax.main --config=configs/{path.name}" in text
+  for size in sizes_of(path):
+    assert f'"{size}"' in text.split('"""')[1], f"size {size} is not in the docstring"
+
+
+@functools.cache
+def module_classes(path, size):
+  """The Linen classes that initialisation and every player's loss call, by tracing alone."""
+  config = configs.load_config(f"{path}:size={size}")
+  system = assembly.build_system(config)
+  seen = set()
+
+  def note(call, args, kwargs, context):
+    seen.add(type(context.module).__name__)
+    return call(*args, **kwargs)
+
+  batch = assembly.abstract_batch(system, 2)
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  step = jax.ShapeDtypeStruct((), "int32")
+  with nn.intercept_methods(note):
+    variables = base.merge(jax.eval_shape(system.init, key, batch, {}))
+    for player in system.players:
+      jax.eval_shape(player.loss, variables, batch, key, step)
+  return seen
+
+
+@pytest.mark.parametrize("path, size", CASES)
+def test_tiny_has_the_parts_of_every_size(path, size):
+  """It differs from a published size in numbers only."""
+  assert module_classes(path, "tiny") == module_classes(path, size)
