@@ -69,11 +69,11 @@ class DDIM:
   def step(self, predict, process, x, carry, t, s, keys):
     x_0, noise = predict(x, t)
     _, variance, _ = process.posterior(x, x_0, t, s)
-    variance = self.eta**2 * variance
-    direction = jnp.sqrt(jnp.maximum(process.sigma(s) ** 2 - variance, 0.0))
-    x = process.alpha(s) * x_0 + direction * noise
+    # sqrt(sigma_s^2 - eta^2 variance), in a form in which nothing cancels.
+    left = 1.0 - self.eta**2 + self.eta**2 * process.snr(t) / process.snr(s)
+    x = process.alpha(s) * x_0 + process.sigma(s) * jnp.sqrt(left) * noise
     if self.eta > 0:
-      x = x + jnp.sqrt(variance) * noise_like(keys, x)
+      x = x + self.eta * jnp.sqrt(variance) * noise_like(keys, x)
     return x, carry
 
 

@@ -1,0 +1,122 @@
+"""Training runs for tests: small, on few compilations, and what they leave compared bit for bit."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from t2i_jax import config as configs
+from t2i_jax import main
+from t2i_jax.parallel.mesh import make_mesh
+from t2i_jax.training.checkpoint import Checkpoints
+
+ROOT = Path(__file__).parent.parent
+TOY = ROOT / "tests" / "toy.py"
+# Values of metrics.jsonl that depend on the clock.
+TIMES = ("time", "steps_per_second", "examples_per_second", "flops_per_second", "mfu")
+
+
+@pytest.fixture
+def compiled_programs(tmp_path_factory):
+  """Programs are optimised little and kept on disk for the session, so that each compiles once."""
+  from jax.experimental.compilation_cache import compilation_cache
+
+  settings = {
+    "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "programs"),
+    "jax_persistent_cache_min_compile_time_secs": 0.1,
+    "jax_disable_most_optimizations": True,
+  }
+  before = {name: jax.config.values[name] for name in settings}
+  for name, value in settings.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
+  yield
+  for name, value in before.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
+
+
+def config_of(path, **overrides):
+  """`size=tiny` of a config; `train__duration=3` sets `train.duration`."""
+  given = {key.replace("__", "."): str(value) for key, value in overrides.items()}
+  return configs.load_config(f"{path}:size=tiny", given)
+
+
+@pytest.fixture
+def train_on(monkeypatch):
+  """`main.train` on the first `devices` devices: (config, workdir, devices) -> last state."""
+
+  def train(config, workdir, devices=1):
+    monkeypatch.setattr(main, "make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:devices]))
+    return main.train(config, str(workdir))
+
+  return train
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+  """`at_step(n, action)`: calls `action` while step n + 1 of the next run is under way."""
+
+  def plan(step, action):
+    class Progress(main.Progress):
+      def update(self, done, loss=None):
+        super().update(done, loss)
+        if done == step:
+          action()
+
+    monkeypatch.setattr(main, "Progress", Progress)
+
+  return plan
+
+
+def metrics(workdir):
+  """The lines of metrics.jsonl without what depends on the clock."""
+  lines = (Path(workdir) / "metrics.jsonl").read_text().splitlines()
+  return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+
+
+def saved_steps(workdir):
+  checkpoints = Checkpoints(Path(workdir) / "checkpoints", read_only=True)
+  steps = checkpoints.steps()
+  checkpoints.close()
+  return steps
+
+
+def saved_meta(workdir, step):
+  checkpoints = Checkpoints(Path(workdir) / "checkpoints", read_only=True)
+  meta = checkpoints.meta(step)
+  checkpoints.close()
+  return meta
+
+
+def assert_same_bits(one, other):
+  """Two trees of arrays are equal, NaNs and signs of zeros included."""
+  leaves = [jax.tree_util.tree_leaves_with_path(tree) for tree in (one, other)]
+  assert [path for path, _ in leaves[0]] == [path for path, _ in leaves[1]]
+  different = [
+    jax.tree_util.keystr(path) for (path, a), (_, b) in zip(*leaves, strict=True)
+    if np.asarray(a).tobytes() != np.asarray(b).tobytes()
+  ]
+  assert not different, different
+
+
+def command(name, *arguments, code=None, devices=1, cache, **environment):
+  """Starts a command as its own process, on `devices` CPU devices."""
+  env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "JAX_PLATFORMS": "cpu",
+         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "T2I_CACHE": str(cache), **environment}
+  program = ["-c", code] if code else ["-m", f"t2i_jax.{name}"]
+  return subprocess.Popen([sys.executable, *program, *map(str, arguments)], env=env, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
+
+
+def finish(process, status=0):
+  """What a process wrote to stderr, once it has ended with this status."""
+  _, errors = process.communicate(timeout=600)
+  assert process.returncode == status, errors[-3000:]
+  return errors
