@@ -21,14 +21,14 @@ TOY = ROOT / "tests" / "toy.py"
 TIMES = ("time", "steps_per_second", "examples_per_second", "flops_per_second", "mfu")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def compiled_programs(tmp_path_factory):
-  """Programs are optimised little and kept on disk for the session, so that each compiles once."""
+  """Programs are optimised little and kept on disk for all modules, so that each compiles once."""
   from jax.experimental.compilation_cache import compilation_cache
 
   settings = {
     "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "programs"),
-    "jax_persistent_cache_min_compile_time_secs": 0.1,
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
     "jax_disable_most_optimizations": True,
   }
   before = {name: jax.config.values[name] for name in settings}
@@ -47,15 +47,11 @@ def config_of(path, **overrides):
   return configs.load_config(f"{path}:size=tiny", given)
 
 
-@pytest.fixture
-def train_on(monkeypatch):
-  """`main.train` on the first `devices` devices: (config, workdir, devices) -> last state."""
-
-  def train(config, workdir, devices=1):
-    monkeypatch.setattr(main, "make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:devices]))
+def train_on(config, workdir, devices=1):
+  """`main.train` on the first `devices` devices; the last state."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(main, "make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:devices]))
     return main.train(config, str(workdir))
-
-  return train
 
 
 @pytest.fixture

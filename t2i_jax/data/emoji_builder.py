@@ -12,8 +12,8 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from t2i_jax.data.emoji_font import base_of, drawings
+from t2i_jax.data.held_out import held_out
 from t2i_jax.data.images import to_rgb
-from t2i_jax.data.splits import held_out
 
 # One base in ten, with all its variants, is for testing.
 TEST_SHARE = 10

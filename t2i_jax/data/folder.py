@@ -21,8 +21,8 @@ import numpy as np
 
 from t2i_jax.data.base import FileSource
 from t2i_jax.data.caption_files import SPLITS, read_captions
+from t2i_jax.data.held_out import held_out
 from t2i_jax.data.images import BadImage, check_header, decode
-from t2i_jax.data.splits import held_out
 from t2i_jax.errors import UserError, unknown
 
 _NAMES = ("captions.jsonl", "captions.csv")

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from t2i_jax.data.folder import TEST_SHARE, Folder
+from t2i_jax.data.held_out import held_out
 from t2i_jax.data.loader import Loader
 from t2i_jax.data.memory import in_memory
-from t2i_jax.data.splits import held_out
 from t2i_jax.errors import UserError
 
 NAMES = [f"{n:02d}.png" for n in range(40)]

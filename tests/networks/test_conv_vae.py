@@ -80,6 +80,6 @@ def test_scale_is_given_or_learned():
   np.testing.assert_allclose(fixed.apply(variables, *args)[1], np.log(0.1), rtol=1e-6)
   learned = Decoder(**TINY)
   variables = filled(jax.eval_shape(learned.init, jax.random.key(0), *args))
-  for parameter, scale in ((0.0, 1.0 + SCALE_FLOOR), (-100.0, SCALE_FLOOR)):
+  for parameter, scale in ((0.0, 0.25 + SCALE_FLOOR), (-100.0, SCALE_FLOOR)):
     variables["params"]["log_scale"] = jnp.float32(parameter)
     np.testing.assert_allclose(np.exp(learned.apply(variables, *args)[1]), scale, rtol=1e-5)

@@ -1,6 +1,6 @@
 """The test part of a list of names."""
 
-from t2i_jax.data.splits import held_out
+from t2i_jax.data.held_out import held_out
 
 FILES = [f"{n}.jpg" for n in range(4000)]
 
