@@ -91,7 +91,7 @@ def test_small_variance_loses_width_where_large_keeps_it():
 
 @each_solver
 def test_the_last_step_is_the_predicted_picture(solver):
-  x, x_0 = jax.random.normal(jax.random.key(1), (2, 2, 4, 4, 3))
+  x, x_0 = np.random.default_rng(1).normal(size=(2, 2, 4, 4, 3)).astype("f4")
   t = jnp.asarray(20)
   predict = lambda x, t: Prediction(x_0, noise_of(x, x_0, PROCESS.alpha(t), PROCESS.sigma(t)))  # noqa: E731
   keys = jax.random.split(jax.random.key(2), 2)
@@ -107,7 +107,7 @@ def test_the_last_step_is_the_predicted_picture(solver):
 )
 def test_ddim_with_eta_one_is_ancestral(process, t, s):
   # Song et al. 2021a, section 4.1.
-  x = jax.random.normal(jax.random.key(3), (2, 16))
+  x = np.random.default_rng(3).normal(size=(2, 16)).astype("f4")
   keys = jax.random.split(jax.random.key(4), 2)
   steps = [
     solver.step(
@@ -122,9 +122,9 @@ def test_ddim_with_eta_one_is_ancestral(process, t, s):
 def test_a_picture_depends_on_its_key_alone(solver):
   keys = jax.random.split(jax.random.key(5), 3)
   predict = exact_denoiser(0.2, 0.4)
-  together = solve(solver, PROCESS, predict, keys, (4, 4, 1), 5)
-  alone = solve(solver, PROCESS, predict, keys[1:2], (4, 4, 1), 5)
-  np.testing.assert_array_equal(together[1:2], alone)
+  run = jax.jit(lambda keys: solve(solver, PROCESS, predict, keys, (4, 4, 1), 5))
+  together, alone = run(keys), run(keys[1:2])
+  np.testing.assert_allclose(together[1:2], alone, atol=1e-6)
   assert np.abs(together[0] - together[1]).max() > 0.1
 
 

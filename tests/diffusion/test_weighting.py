@@ -29,11 +29,11 @@ def direct(weighting, x_0, noise, prediction):
 @pytest.mark.parametrize("name", sorted(PARAMETERIZATIONS))
 def test_a_weighted_output_error_is_the_direct_loss(name, weighting):
   kind = make_parameterization(name)
-  x_0, noise = jax.random.normal(jax.random.key(0), (2, 5, 16))
+  x_0, noise = np.random.default_rng(0).normal(size=(2, 5, 16)).astype("f4")
   x_t = ALPHA * x_0 + SIGMA * noise
   target = kind.target(x_0, noise, ALPHA, SIGMA)
   # Errors of about the size of the target, so that the direct loss keeps its digits.
-  output = target + jax.random.normal(jax.random.key(1), target.shape)
+  output = target + np.random.default_rng(1).normal(size=target.shape).astype("f4")
   weight = make_weighting(weighting)(SNR) / kind.error_scale(ALPHA, SIGMA) ** 2
   expected = direct(weighting, x_0, noise, kind.predict(x_t, output, ALPHA, SIGMA))
   np.testing.assert_allclose(

@@ -17,14 +17,15 @@ APPLY = jax.jit(NETWORK.apply)
 
 
 def inputs(rows=2, side=8):
-  keys = jax.random.split(jax.random.key(0), 3)
-  return dict(
-    x=jax.random.normal(keys[0], (rows, side, side, 3)),
-    t=jnp.arange(rows) * 400,
-    context=jax.random.normal(keys[1], (rows, 5, 12)),
-    mask=jnp.arange(5) < jnp.array([[3], [5]])[:rows],
-    pooled=jax.random.normal(keys[2], (rows, 7)),
+  random = np.random.default_rng(0)
+  given = dict(
+    x=random.normal(size=(rows, side, side, 3)).astype("f4"),
+    t=np.arange(rows, dtype=np.int32) * 400,
+    context=random.normal(size=(rows, 5, 12)).astype("f4"),
+    mask=np.arange(5) < np.array([[3], [5]])[:rows],
+    pooled=random.normal(size=(rows, 7)).astype("f4"),
   )
+  return jax.tree.map(jnp.asarray, given)
 
 
 def shapes_of(network, *given, **named):

@@ -57,7 +57,7 @@ class DDPM(base.System):
     resolution: side of the pictures, in pixels.
     schedule, steps: of the process ("linear" or "cosine").
     prediction: what the network outputs: "epsilon", "x0" or "v".
-    weighting: which error the loss measures; see `diffusion.weighting`.
+    weighting, weighting_bound: which error the loss measures; see `diffusion.weighting`.
     density, time_shift: which times are trained; see `diffusion.timesteps`.
     channels ... dropout: of the `UNet`.
     dtype: type of the computation.
@@ -71,6 +71,7 @@ class DDPM(base.System):
   steps: int = 1000
   prediction: str = "epsilon"
   weighting: str = "epsilon"
+  weighting_bound: float = 5.0
   density: str = "uniform"
   time_shift: float = 1.0
   channels: int = 128
@@ -129,7 +130,7 @@ class DDPM(base.System):
 
   @cached_property
   def weight(self):
-    return make_weighting(self.weighting)
+    return make_weighting(self.weighting, self.weighting_bound)
 
   @cached_property
   def times(self):
