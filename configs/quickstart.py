@@ -39,7 +39,8 @@ def get_config(arg=None):
   config.ema.decay = 0.999
   config.log.every = "50 steps"
   config.sample.options.update(steps=25)
-  config.evaluate.update(pictures=256, splits=("held_out_combinations",))
+  if config.data.name == "scenes":
+    config.evaluate.update(pictures=256, splits=("held_out_combinations",))
   if arg.size == "tiny":
     config.text.update(width=32, layers=1, heads=2, vocab_size=300)
     config.train.update(duration="4 steps", batch_size=8)

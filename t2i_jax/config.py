@@ -40,6 +40,7 @@ RANGES = (
   ("sample.count", 1, math.inf),
   ("sample.seed", 0, 2**32 - 1),
   ("evaluate.batches", 1, math.inf),
+  ("evaluate.pictures", 0, math.inf),
 )
 UNITS = ("steps", "epochs", "examples", "%")
 MULTIPLES = {"k": 1e3, "M": 1e6, "B": 1e9}

@@ -10,7 +10,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from t2i_jax import assembly, command, export
+from t2i_jax import assembly, command, data, export
 from t2i_jax import config as configs
 from t2i_jax.data.loader import Loader
 from t2i_jax.data.prefetch import Prefetcher
@@ -158,7 +158,9 @@ def train(config: ConfigDict, workdir: str, tensorboard: bool = False) -> loop.S
         state, step = _loop(compiled, run, batches, options, writers, hooks)
       _say(f"trained to step {step}/{total} in {time.monotonic() - training_started:.1f} s")
       if step >= total:
-        _export(config, workdir, system, state, step, tokenizer)
+        variables = _export(config, workdir, system, state, step, tokenizer)
+        if _is_scored(config, system):
+          _score(config, workdir, Pipeline(system, tokenizer, mesh, variables, config, step))
       return state
     finally:
       run.checkpoints.close()
@@ -215,13 +217,15 @@ def _hooks(
         config.evaluate.batches, every, split, writers,
       ))
   every = steps_of(config.sample.every, "sample.every")
-  if every and isinstance(system, base.Sampler):
+  if not isinstance(system, base.Sampler):
+    return hooks
+  pipeline, options = Pipeline(system, tokenizer, mesh), config.sample.options.to_dict()
+  if every or _is_scored(config, system):
+    pipeline.check(run.plan.abstract_state.variables(ema=True), **options)
+  if every:
     prompts = list(config.sample.prompts) or _held_out_prompts(config, source, system)
-    pipeline = Pipeline(system, tokenizer, mesh)
     for line in pipeline.truncated(prompts):
       _say(f"warning: {line}")
-    options = config.sample.options.to_dict()
-    pipeline.check(run.plan.abstract_state.variables(ema=True), **options)
     hooks.append(DrawSamples(
       pipeline, prompts, every, config.sample.seed, options, workdir, writers
     ))
@@ -271,6 +275,12 @@ def _export(config, workdir, system, state, step, tokenizer) -> Any:
   else:
     on_host(variables)
   return variables
+
+
+def _is_scored(config, system) -> bool:
+  """Whether pictures are judged at the end: the config asks for it, and there is who can."""
+  judged = data.verifier(config.data.name) is not None and isinstance(system, base.Sampler)
+  return config.evaluate.pictures > 0 and judged
 
 
 def _score(config, workdir, pipeline: Pipeline) -> None:
