@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from t2i_jax.data.base import Source
 from t2i_jax.data.loader import evaluation_batches, fetch_rows
+from t2i_jax.parallel.compiler_flags import compiler_options
 from t2i_jax.parallel.distributed import is_primary
 from t2i_jax.parallel.mesh import batch_sharding, host_rows, replicated
 from t2i_jax.parallel.sharding import put
@@ -54,7 +55,10 @@ class HeldOutLoss:
     self._source, self._tokenize, self._mesh = source, tokenize, mesh
     self._batch_size, self._batches, self._name = batch_size, batches, name
     self._writers = writers
-    self._loss = jax.jit(system.evaluation_loss, out_shardings=replicated(mesh))
+    self._loss = jax.jit(
+      system.evaluation_loss, out_shardings=replicated(mesh),
+      compiler_options=compiler_options(mesh.devices.flat[0].platform),
+    )
     self._whole = jax.jit(lambda x: x, out_shardings=replicated(mesh))
 
   def __call__(self, step: int, state: State) -> None:

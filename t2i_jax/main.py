@@ -27,7 +27,7 @@ from t2i_jax.systems import base
 from t2i_jax.training import loop
 from t2i_jax.training.compiled import CompiledStep
 from t2i_jax.training.preemption import StopSignal
-from t2i_jax.training.step import StepOptions, check_accumulation, make_step
+from t2i_jax.training.step import StepOptions, check_accumulation, check_division, make_step
 from t2i_jax.training.writers import Progress, Writers, say
 
 # Steps between two questions whether any host was asked to stop: it takes a collective.
@@ -123,25 +123,25 @@ def train(config: ConfigDict, workdir: str, tensorboard: bool = False) -> loop.S
     config.data.workers,
   )
   assembly.check_batch_spec(system, loader.peek(), config.data.name)
+  check_division(system, config.train.batch_size, config.train.accumulate)
+  for warning in check_accumulation(system, config.train.accumulate):
+    _say(f"warning: {warning}")
   steps_of = _durations(config, None if source.infinite else len(source))
   total = steps_of(config.train.duration, "train.duration")
 
   with jax.set_mesh(mesh), Writers(workdir, is_primary(), tensorboard) as writers:
     run = Run.open(config, workdir, mesh, system, frozen, loader, total, steps_of)
     try:
-      if run.step == 0 or run.step >= total:
-        _say_parameters(run)
       compiled = CompiledStep(
         make_step(system, run.plan.optimizers, StepOptions(
           config.seed, config.train.accumulate, config.ema.decay, config.ema.warmup
         )),
         run.plan.shardings,
       )
-      for warning in check_accumulation(system, config.train.accumulate):
-        _say(f"warning: {warning}")
       hooks = _hooks(config, system, source, tokenizer, mesh, workdir, writers, run, steps_of)
       flops = 0.0
       if run.step < total:
+        _say_parameters(run)
         flops = _compile(compiled, run, put(loader.peek(), batch_sharding(mesh)))
       options = loop.LoopOptions(
         total, steps_of(config.log.every, "log.every") or total,

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from t2i_jax import assembly, export
 from t2i_jax.errors import UserError
+from t2i_jax.parallel.compiler_flags import compiler_options
 from t2i_jax.parallel.mesh import batch_sharding, batch_shards, make_mesh, replicated
 from t2i_jax.parallel.sharding import parse_rules, shardings
 from t2i_jax.systems import base
@@ -44,8 +45,9 @@ class Pipeline:
     base.require(system, base.Sampler, "sampling")
     self.system, self.tokenizer, self.mesh = system, tokenizer, mesh
     self.variables, self.config, self.step = variables, config, step
-    self._condition = jax.jit(system.condition)
-    self._sample = jax.jit(self._to_uint8, out_shardings=replicated(mesh))
+    compiled = {"compiler_options": compiler_options(mesh.devices.flat[0].platform)}
+    self._condition = jax.jit(system.condition, **compiled)
+    self._sample = jax.jit(self._to_uint8, out_shardings=replicated(mesh), **compiled)
 
   @classmethod
   def load(cls, path: str | Path, mesh: Mapping[str, int] | None = None) -> "Pipeline":

@@ -26,8 +26,9 @@ def compiled_programs(tmp_path_factory):
   """Programs are optimised little and kept on disk for all modules, so that each compiles once."""
   from jax.experimental.compilation_cache import compilation_cache
 
+  cache = tmp_path_factory.getbasetemp() / "cache"
   settings = {
-    "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "programs"),
+    "jax_compilation_cache_dir": str(cache / "compiled"),
     "jax_persistent_cache_min_compile_time_secs": 0.0,
     "jax_disable_most_optimizations": True,
   }
@@ -35,7 +36,9 @@ def compiled_programs(tmp_path_factory):
   for name, value in settings.items():
     jax.config.update(name, value)
   compilation_cache.reset_cache()
-  yield
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("T2I_CACHE", str(cache))
+    yield cache
   for name, value in before.items():
     jax.config.update(name, value)
   compilation_cache.reset_cache()
@@ -101,11 +104,11 @@ def assert_same_bits(one, other):
   assert not different, different
 
 
-def command(name, *arguments, code=None, devices=1, cache, **environment):
-  """Starts a command as its own process, on `devices` CPU devices."""
+def command(name, *arguments, code=None, devices=1, **environment):
+  """Starts a command, or `code`, as its own process, on `devices` CPU devices."""
   env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "JAX_PLATFORMS": "cpu",
          "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "T2I_CACHE": str(cache), **environment}
+         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", **environment}
   program = ["-c", code] if code else ["-m", f"t2i_jax.{name}"]
   return subprocess.Popen([sys.executable, *program, *map(str, arguments)], env=env, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)

@@ -57,6 +57,7 @@ def test_every_config_takes_every_data_set(path):
   for dataset in recipe.DATASETS:
     config = configs.load_config(f"{path}:size=tiny,dataset={dataset}")
     assert dataset.startswith(config.data.name) and config.is_locked
+    assert assembly.held_out_splits(config)
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda p: p.stem)

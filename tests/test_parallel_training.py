@@ -95,7 +95,7 @@ def test_two_processes_train_save_and_stop_together(expected, tmp_path):
     command("main", f"--config={TOY}:size=tiny", f"--workdir={tmp_path / 'two'}",
             "--config.train.duration=1000", "--config.mesh.data=4", "--config.mesh.fsdp=2",
             "--config.checkpoint.every=0", *flags,
-            code=PREEMPTED, devices=4, cache=tmp_path / "cache", T2I_COORDINATOR=address,
+            code=PREEMPTED, devices=4, T2I_COORDINATOR=address,
             T2I_NUM_PROCESSES="2", T2I_PROCESS_ID=str(index))
     for index in range(2)
   ]

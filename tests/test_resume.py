@@ -88,13 +88,11 @@ main.main(sys.argv[4:])
 
 def test_killed_in_a_save_then_in_a_step_then_asked_to_stop(tmp_path):
   """Each process finds the last good checkpoint; the last one ends where a whole run does."""
-  cache = tmp_path / "cache"
 
   def start(workdir, number=0, where="never", at=0):
     return command("main", int(number), where, at, f"--config={TOY}:size=tiny",
                    f"--workdir={workdir}", "--config.train.duration=12", "--config.log.every=5",
-                   "--config.sample.every=0", "--config.evaluate.every=0", code=STRIKE,
-                   cache=cache)
+                   "--config.sample.every=0", "--config.evaluate.every=0", code=STRIKE)
 
   run = tmp_path / "run"
   finish(start(run, signal.SIGKILL, "save", 4), -signal.SIGKILL)

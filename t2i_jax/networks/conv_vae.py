@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from t2i_jax.networks.layers.embeddings import coordinate_channels
+from t2i_jax.networks.layers.group_norm import GroupNorm
 from t2i_jax.networks.unet import ResBlock, SpatialAttention, nearest_upsample, shuffle, unshuffle
 
 Array = jax.Array
@@ -109,7 +110,7 @@ class Encoder(nn.Module):
         x = ResBlock(
           self.channels * multiplier, self.groups, dtype=self.dtype, name=f"block_{i}_{j}"
         )(x, condition, False)
-    x = nn.silu(nn.GroupNorm(self.groups, dtype=self.dtype, name="norm_out")(x))
+    x = nn.silu(GroupNorm(self.groups, dtype=self.dtype, name="norm_out")(x))
     return MomentHead(self.size, name="head")(x.reshape(len(x), -1))
 
 
@@ -177,7 +178,7 @@ class Decoder(nn.Module):
           x = SpatialAttention(
             self.head_channels, self.groups, dtype=self.dtype, name=f"attention_{i}_{j}"
           )(x, context, mask)
-    x = nn.silu(nn.GroupNorm(self.groups, dtype=self.dtype, name="norm_out")(x))
+    x = nn.silu(GroupNorm(self.groups, dtype=self.dtype, name="norm_out")(x))
     x = nn.Conv(3 * self.patch**2, (3, 3), dtype=self.dtype, kernel_init=zeros, name="conv_out")(x)
     return shuffle(x.astype(jnp.float32), self.patch), self._log_scale()
 

@@ -15,6 +15,7 @@ from t2i_jax.networks.layers.embeddings import (
   sincos_2d,
   timestep_embedding,
 )
+from t2i_jax.networks.layers.group_norm import GroupNorm
 from t2i_jax.parallel.sharding import logical
 
 Array = jax.Array
@@ -45,7 +46,7 @@ class ResBlock(nn.Module):
     conv = lambda name, init: nn.Conv(  # noqa: E731
       self.channels, (3, 3), dtype=self.dtype, kernel_init=init, name=name
     )
-    norm = lambda name: nn.GroupNorm(self.groups, dtype=self.dtype, name=name)  # noqa: E731
+    norm = lambda name: GroupNorm(self.groups, dtype=self.dtype, name=name)  # noqa: E731
     h = conv("conv_in", nn.initializers.lecun_normal())(nn.silu(norm("norm_in")(x)))
     size = 2 * self.channels if self.scale_shift else self.channels
     condition = nn.Dense(size, dtype=self.dtype, name="condition")(nn.silu(embedding))
@@ -87,7 +88,7 @@ class SpatialAttention(nn.Module):
     attention = lambda name: MultiHeadAttention(  # noqa: E731
       heads, zero_output=True, dtype=self.dtype, name=name
     )
-    tokens = nn.GroupNorm(self.groups, dtype=self.dtype, name="norm")(x)
+    tokens = GroupNorm(self.groups, dtype=self.dtype, name="norm")(x)
     tokens = tokens.reshape(batch, height * width, channels)
     if self.positions:
       tokens = tokens + jnp.asarray(sincos_2d(height, width, channels), self.dtype)
@@ -199,7 +200,7 @@ class UNet(nn.Module):
       if i > 0:
         h = conv(h.shape[-1], f"up_{i}_sample")(nearest_upsample(h))
     # In float32 to the end: bfloat16 near 1 is coarser than a picture's 8 bits are fine.
-    h = nn.silu(nn.GroupNorm(self.groups, dtype=jnp.float32, name="norm_out")(h))
+    h = nn.silu(GroupNorm(self.groups, dtype=jnp.float32, name="norm_out")(h))
     h = nn.Conv(out_channels * self.patch**2, (3, 3), kernel_init=zeros, name="conv_out")(h)
     return shuffle(h, self.patch)
 

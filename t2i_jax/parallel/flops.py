@@ -15,7 +15,8 @@ Conventions:
                matrix products they replace, without recomputation
   while_loop   its trip count is unknown: body and condition once
                (`fori_loop` with constant bounds is a scan)
-  cond         its dearest branch; under `every(n, ...)` the mean over n calls
+  cond         its dearest branch; under `every(n, ...)` the mean over n calls;
+               the default one of `platform_dependent`
   shard_map    its body on every device of the mapped axes
   pallas_call  its own cost estimate, else its body on every grid point
 """
@@ -123,6 +124,8 @@ def _scan(eqn: Any) -> float:
 
 def _cond(eqn: Any) -> float:
   branches = [count(branch) for branch in eqn.params["branches"]]
+  if eqn.params.get("branches_platforms"):
+    return branches[-1]
   # The scope is the innermost, but for the transformations around it, as in
   # `transpose(jvp(every_16))`.
   cadence = re.search(r"\bevery_(\d+)\)*$", str(eqn.source_info.name_stack))

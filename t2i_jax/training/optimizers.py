@@ -127,7 +127,9 @@ def _adafactor(section: Section, params: Any) -> optax.GradientTransformation:
 def _muon(section: Section, params: Any) -> optax.GradientTransformation:
   """https://arxiv.org/abs/2502.16982 for hidden matrices, Adam for everything else.
 
-  Hidden matrices are 2-D kernels, save those of embeddings and of the output.
+  Hidden matrices are the kernels of dense layers and 2-D convolutions, save those of embeddings
+  and of the output. A convolution's [H, W, in, out] is one matrix [H * W * in, out], as in
+  https://kellerjordan.github.io/posts/muon.
   """
   hidden = jax.tree_util.tree_map_with_path(
     lambda path, leaf: "muon" if _is_hidden_matrix(path, leaf) else "adam", params)
@@ -135,15 +137,21 @@ def _muon(section: Section, params: Any) -> optax.GradientTransformation:
     optax.contrib.scale_by_muon(
       beta=_MUON_MOMENTUM,
       weight_dimension_numbers=lambda updates: jax.tree.map(
-        lambda _: optax.contrib.MuonDimensionNumbers(), updates)),
+        lambda update: optax.contrib.MuonDimensionNumbers(
+          tuple(range(update.ndim - 1)), update.ndim - 1), updates)),
     optax.stateless(lambda updates, _: jax.tree.map(
-      lambda update: _MUON_RMS * math.sqrt(max(update.shape)) * update, updates)))
+      lambda update: _MUON_RMS * math.sqrt(_longer_side(update)) * update, updates)))
   return optax.partition({"muon": muon, "adam": _adam(section, params)}, hidden)
 
 
 def _is_hidden_matrix(path: tuple, leaf: Any) -> bool:
-  return (leaf.ndim == 2 and _leaf_name(path) == "kernel"
+  return (leaf.ndim in (2, 4) and _leaf_name(path) == "kernel"
           and not _NOT_HIDDEN.search(path_text(path)))
+
+
+def _longer_side(kernel: Any) -> int:
+  """Of the matrix that a kernel is, its output axis last."""
+  return max(math.prod(kernel.shape[:-1]), kernel.shape[-1])
 
 
 def _leaf_name(path: tuple) -> str:

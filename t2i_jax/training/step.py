@@ -83,6 +83,18 @@ def check_accumulation(system: System, accumulate: int) -> list[str]:
   return warnings
 
 
+def check_division(system: System, batch_size: int, accumulate: int) -> None:
+  """Raises UserError unless a batch divides into every player's repeats and microbatches."""
+  for player in system.players:
+    parts = player.repeats * accumulate
+    if batch_size % parts:
+      repeats = f" in each of the {player.name}'s {player.repeats} updates"
+      raise UserError(
+        f"train.batch_size={batch_size} does not divide into train.accumulate={accumulate} "
+        f"microbatches{repeats if player.repeats > 1 else ''}; use a multiple of {parts}"
+      )
+
+
 def _alternating(system, optimizers, options, state, batch, rng):
   """Each player sees what the players before it left."""
   metrics: Metrics = {}

@@ -116,12 +116,22 @@ def test_muon_moves_hidden_matrices_along_orthogonal_directions_and_the_rest_as_
   gradients = jax.grad(loss)(params)
   muon = update_of(section(name="muon"), params, gradients)["net"]
   adam = update_of(section(name="adam"), params, gradients)["net"]
-  for name, leaf in (("final_layer", "kernel"), ("tokens", "embedding"), ("conv", "kernel"),
-                     ("hidden", "bias"), ("norm", "scale")):
+  for name, leaf in (("final_layer", "kernel"), ("tokens", "embedding"), ("hidden", "bias"),
+                     ("norm", "scale")):
     np.testing.assert_allclose(muon[name][leaf], adam[name][leaf], rtol=1e-5)
   direction = muon["hidden"]["kernel"] / (-0.1 * 0.2 * math.sqrt(8))
   values = np.linalg.svd(direction, compute_uv=False)
   assert values.min() > 0.4 and values.max() < 1.4  # five Newton-Schulz steps are that exact
+
+
+def test_muon_takes_a_convolution_as_one_matrix_from_all_its_inputs():
+  gradient = jax.random.normal(jax.random.key(0), (3, 3, 4, 8))
+  update = lambda g: update_of(  # noqa: E731
+    section(name="muon"), {"net": {"kernel": jnp.zeros_like(g)}}, {"net": {"kernel": g}}
+  )["net"]["kernel"]
+  np.testing.assert_allclose(
+    update(gradient).reshape(36, 8), update(gradient.reshape(36, 8)), rtol=1e-5, atol=1e-7
+  )
 
 
 def test_clipping_is_by_the_global_norm():

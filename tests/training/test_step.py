@@ -14,7 +14,7 @@ from t2i_jax.systems import base
 from t2i_jax.systems.base import Aux, Player
 from t2i_jax.training import state as states
 from t2i_jax.training.compiled import CompiledStep
-from t2i_jax.training.step import StepOptions, check_accumulation, make_step
+from t2i_jax.training.step import StepOptions, check_accumulation, check_division, make_step
 
 RATE = 0.1
 
@@ -349,3 +349,14 @@ def test_frozen_groups_are_seen_and_left_alone():
   state, _ = jax.jit(make_step(system, optimizers, StepOptions(ema_decay=0.0)))(state, rows(0))
   assert of(state.variables(), "a", "b") == [pytest.approx(2 - RATE * 3), 3]
   assert set(state.params) == {"a"} and set(state.optimizer) == {"a"}
+
+
+def test_a_batch_must_divide_into_repeats_and_microbatches():
+  system = Fake((linear("a"), linear("b", repeats=3)), params(a=0, b=0))
+  check_division(system, 12, 2)
+  with pytest.raises(UserError, match="train.batch_size=9 does not divide into train.accumulate=2 "
+                                      "microbatches; use a multiple of 2"):
+    check_division(system, 9, 2)
+  with pytest.raises(UserError, match="microbatches in each of the b's 3 updates; use a multiple "
+                                      "of 6"):
+    check_division(system, 8, 2)

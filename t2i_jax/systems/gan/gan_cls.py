@@ -113,6 +113,10 @@ class GANCLS(base.System):
   def ema_groups(self) -> tuple[str, ...]:
     return (*self.text.groups, GENERATOR)
 
+  @property
+  def frozen_groups(self) -> tuple[str, ...]:
+    return self.text.frozen_groups
+
   def batch_spec(self) -> dict[str, Field]:
     image = Field((self.resolution, self.resolution, 3), "uint8")
     return {"image": image, **self.text.batch_spec()}

@@ -1,0 +1,67 @@
+"""Scores every checkpoint of a run with the data set's verifier: right pictures against minutes.
+
+  python -m t2i_jax.main --config=configs/quickstart.py --workdir=DIR \
+    --config.checkpoint.every=10% --config.checkpoint.keep_last=20
+  python benchmarks/curve.py --workdir=DIR --split=held_out_combinations
+
+Minutes are of training steps alone, without compiling, drawing and saving.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from etils import epath
+
+from t2i_jax import assembly, command, data
+from t2i_jax.evaluate import score
+from t2i_jax.parallel.mesh import make_mesh
+from t2i_jax.pipeline import Pipeline
+from t2i_jax.restore import restored_variables
+from t2i_jax.training.checkpoint import Checkpoints
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+  parser.add_argument("--workdir", required=True, type=Path)
+  parser.add_argument("--split", default="held_out_combinations")
+  parser.add_argument("--pictures", type=int, default=256)
+  parser.add_argument("--output", type=Path, help="a JSON file for the figures")
+  args = parser.parse_args()
+  command.set_up_jax()
+  checkpoints = Checkpoints(epath.Path(args.workdir) / "checkpoints", read_only=True)
+  steps = checkpoints.steps()
+  checkpoints.close()
+  minutes, pipeline, rows = minutes_by_step(args.workdir), None, []
+  print("minutes    step" + "".join(f"{name:>10}" for name in data.ATTRIBUTES))
+  for step in steps:
+    config, _, variables, tokenizer = restored_variables(epath.Path(args.workdir), step, ema=True)
+    if pipeline is None:
+      pipeline = Pipeline(
+        assembly.build_system(config), tokenizer, make_mesh({"data": -1}), config=config
+      )
+    pipeline.variables = variables
+    options = config.sample.options.to_dict()
+    right = score(pipeline, args.split, args.pictures, 0, options)["right"]
+    rows.append({"step": step, "minutes": minutes.get(step), "right": right})
+    spent = f"{minutes[step]:7.1f}" if step in minutes else "      ?"
+    print(f"{spent} {step:7}" + "".join(f"{right[name]:10.1%}" for name in data.ATTRIBUTES),
+          flush=True)
+  if args.output:
+    args.output.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def minutes_by_step(workdir: Path) -> dict[int, float]:
+  """Minutes of training up to each step that metrics.jsonl has a line of."""
+  minutes, last, spent = {}, 0, 0.0
+  for line in (workdir / "metrics.jsonl").read_text().splitlines():
+    entry = json.loads(line)
+    if "steps_per_second" in entry:
+      spent += (entry["step"] - last) / entry["steps_per_second"] / 60
+      last = entry["step"]
+      minutes[last] = spent
+  return minutes
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,425 @@
+"""The commands: help that teaches, and one line for whatever a user can get wrong."""
+
+import importlib
+import json
+import re
+import shutil
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from runs import ROOT, TOY, config_of, saved_steps, train_on
+
+from t2i_jax import command, evaluate, export, main, sample
+from t2i_jax.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("compiled_programs")
+
+COMMANDS = [path.stem for path in (ROOT / "t2i_jax").glob("*.py")
+            if "command.parser(" in path.read_text()]
+QUICKSTART = f"--config={ROOT / 'configs' / 'quickstart.py'}:size=tiny"
+TOY_CONFIG = f"--config={TOY}:size=tiny"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, compiled_programs):
+  """A work directory of the toy, two steps long, with an export."""
+  workdir = tmp_path_factory.mktemp("run")
+  train_on(config_of(TOY, train__duration=2, checkpoint__every=1, sample__every=0,
+                     evaluate__every=0), workdir)
+  return workdir
+
+
+@pytest.fixture
+def exported(run, tmp_path):
+  return shutil.copytree(run / "export", tmp_path / "exported")
+
+
+@pytest.fixture
+def fails(capfd):
+  """`fails(module, flag...)`: it exits with status 2 and one line on stderr, which is returned."""
+
+  def call(module, *flags):
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as exit:
+      module.main([str(flag) for flag in flags])
+    err = capfd.readouterr().err
+    assert exit.value.code == 2
+    *before, last = err.splitlines()
+    assert last.startswith("error: ") and len(last) < 600
+    assert not [line for line in before if not line.startswith("warning: ")], err
+    return last.removeprefix("error: ")
+
+  return call
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_teaches(name, capsys):
+  module = importlib.import_module(f"t2i_jax.{name}")
+  with pytest.raises(SystemExit) as exit:
+    module.main(["--help"])
+  text = capsys.readouterr().out
+  assert exit.value.code == 0
+  assert f"usage: t2i_jax.{name}" in text
+  examples = text.partition("examples:\n")[2].splitlines()
+  assert examples and all(line.startswith(f"  python -m t2i_jax.{name} --") for line in examples)
+  # What the examples use exists.
+  flags = set(re.findall(r"^  (?:-h, )?(--[a-z-]+)", text, re.MULTILINE))
+  for line in examples:
+    used = set(re.findall(r" (--[a-z-]+)(?=[ =]|$)", line))
+    assert used <= flags, line
+
+
+def test_there_are_commands():
+  assert {"main", "sample", "export", "evaluate"} <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("module, flags, message", [
+  (main, [], "the following arguments are required: --config; see python -m t2i_jax.main --help"),
+  (main, [QUICKSTART], "--workdir is missing: name the folder that this run may write to"),
+  (main, [QUICKSTART, "--wrokdir=x"], "unknown flag '--wrokdir'; did you mean '--workdir'?"),
+  (main, ["--config=configs/quickstrat.py", "--show"],
+   "no config file at 'configs/quickstrat.py'; did you mean 'configs/quickstart.py'?"),
+  (main, [QUICKSTART, "--config.model.chanels=3", "--workdir=x"],
+   "unknown config key 'model.chanels'; did you mean 'model.channels'?"),
+  (main, [QUICKSTART, "--config.train.duration", "--workdir=x"],
+   "--config.train.duration has no value; write --config.train.duration=VALUE"),
+  (main, [QUICKSTART, "--config.seed=1", "--config.seed=2", "--show"],
+   "--config.seed is given twice"),
+  (main, [QUICKSTART, "--config.seed", "many", "--show"], "config key seed=many: expected int"),
+  (main, [QUICKSTART.replace("tiny", "huge"), "--workdir=x"], "unknown size 'huge'; valid: small"),
+  (main, [f"{QUICKSTART},dataset=emojy", "--workdir=x"],
+   "unknown dataset 'emojy'; did you mean 'emoji'?"),
+  (sample, ["--prompt=a"], "the following arguments are required: --export"),
+  (sample, ["--export=x"], "no prompts: give --prompt='...' or --prompts=FILE"),
+  (sample, ["--export=x", "--prompts=nowhere.txt"],
+   "--prompts=nowhere.txt cannot be read: No such file or directory; give a text file"),
+  (sample, ["--export=x", "--prompt=a", "--count=0"], "--count=0 draws nothing; use 1 or more"),
+  (sample, ["--export=x", "--prompt=a", "--count=x"], "argument --count: invalid int value: 'x'"),
+  (sample, ["--export=nowhere", "--prompt=a"], "no export at 'nowhere': it has no config.json"),
+  (sample, ["--export=x", "--prompt=\udcff"], "is not UTF-8 text; check the terminal's encoding"),
+  (evaluate, ["--export=nowhere"], "no export at 'nowhere': it has no config.json"),
+  (evaluate, ["--export=x", "--measure=scores"], "unknown measure 'scores'; did you mean 'score'?"),
+  (evaluate, ["--export=x", "--pictures=1"], "--pictures=1: use 2 or more"),
+  (export, ["--workdir=nowhere", "--output=there"], "no run in 'nowhere': it has no config.json"),
+])
+def test_flags_that_are_wrong(module, flags, message, fails, tmp_path, monkeypatch):
+  (tmp_path / "configs").symlink_to(ROOT / "configs")
+  monkeypatch.chdir(tmp_path)
+  assert message in fails(module, *flags)
+  left = {path.name for path in tmp_path.iterdir()} - {"configs", "samples"}
+  assert not left, "a command that refuses its flags writes nothing"
+
+
+def starts(fails, workdir, *flags, config=TOY_CONFIG):
+  """The error of a training that must not begin, nor make the work directory its own."""
+  message = fails(main, config, f"--workdir={workdir}", *flags)
+  assert not (workdir / "config.json").exists() and not (workdir / "tokenizer.json").exists()
+  return message
+
+
+@pytest.mark.parametrize("flags, message", [
+  (["--config.train.batch_size=9"], "train.batch_size=9 does not divide over the 8 parts of the "
+   "mesh (data=8); set train.batch_size=8 or 16"),
+  (["--config.mesh.data=3"], "mesh (data=3) is for 3 devices, but there are 8"),
+  (["--config.mesh.fsdp=3"], "3 does not divide the 8 devices"),
+  (["--config.train.accumulate=3"], "train.batch_size=16 does not divide "
+   "into train.accumulate=3 microbatches; use a multiple of 3"),
+  (["--config.train.duration=0"], "train.duration is 0, so there is nothing to train"),
+  (["--config.train.duration=3 epochs"], "this data set is made on the fly and has no epochs"),
+  (["--config.optimizer.name=adm"], "unknown optimizer.name 'adm'; did you mean 'adam'?"),
+  (["--config.players.painter.learning_rate=1"], "unknown player of toy 'painter'"),
+  (["--config.sharding.rules=(('.*', 'fsdpp'),)"], "unknown sharding rule 'fsdpp'"),
+  (["--config.sample.options.mode=odd"], "mode=odd cannot be drawn"),
+  (["--config.data.options.levels=three"], "unknown level of scenes 'three'"),
+  (["--config.text.vocab_size=10"], "text.vocab_size=10 is too small; use at least 259"),
+  (["--config.precision.compute=float16"], "unknown precision.compute 'float16'"),
+  (["--config.components.first_stage=nowhere"], "no export at 'nowhere'"),
+  (["--config.init_from=nowhere"], "no export at 'nowhere'"),
+  (["--config.resume=nowhere"], "no tokenizer at nowhere/tokenizer.json"),
+  (["--config.evaluate.splits=held_out"], "unknown split of data set 'scenes' 'held_out'"),
+])
+def test_runs_that_cannot_begin(flags, message, fails, tmp_path):
+  assert message in starts(fails, tmp_path / "run", *flags)
+
+
+def test_a_command_that_failed_can_be_given_again_with_the_right_value(fails, tmp_path):
+  starts(fails, tmp_path, "--config.train.accumulate=3")
+  main.main([TOY_CONFIG, f"--workdir={tmp_path}", "--config.train.duration=1",
+             "--config.sample.every=0", "--config.evaluate.every=0"])
+  assert saved_steps(tmp_path) == [1]
+
+
+def folder_of(path, rows, pictures=()):
+  path.mkdir()
+  for name in pictures:
+    Image.fromarray(np.full((20, 20, 3), 99, np.uint8)).save(path / name)
+  if rows is not None:
+    (path / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  return path
+
+
+def test_pictures_that_cannot_be_trained_on(fails, tmp_path):
+  config = f"{TOY_CONFIG},dataset=folder"
+
+  def error(path):
+    return starts(fails, tmp_path / "run", f"--config.data.options.path={path}", config=config)
+
+  assert "needs its option 'path'" in error("")
+  assert "No such file or directory" in error(tmp_path / "nowhere")
+  assert "is empty: put pictures and captions" in error(folder_of(tmp_path / "empty", None))
+  assert "has no captions.jsonl" in error(folder_of(tmp_path / "bare", None, ["a.png"]))
+  rows = [{"file": "a.png", "caption": "a"}, {"file": "b.png", "caption": "b"}]
+  message = error(folder_of(tmp_path / "missing", rows))
+  assert "none of the 2 pictures in" in message and "exists: a.png, b.png" in message
+  rows = [{"fil": "a.png", "caption": "a"}]
+  message = error(folder_of(tmp_path / "misspelt", rows, ["a.png"]))
+  assert "captions.jsonl, line 1: unknown column 'fil'; did you mean 'file'?" in message
+
+
+def test_a_small_folder_without_a_test_split_trains(tmp_path, capfd):
+  rows = [{"file": name, "caption": f"picture {name}"} for name in ("a.png", "b.png", "gone.png")]
+  folder = folder_of(tmp_path / "pictures", rows, ["a.png", "b.png"])
+  main.main([f"{TOY_CONFIG},dataset=folder", f"--workdir={tmp_path / 'run'}",
+             f"--config.data.options.path={folder}", "--config.train.duration=1",
+             "--config.evaluate.every=0"])
+  err = capfd.readouterr().err
+  assert "warning: the sample prompts are training captions: no pictures in split 'test'" in err
+  assert (tmp_path / "run" / "skipped_train.txt").read_text() == "gone.png\tno such file\n"
+  assert (tmp_path / "run" / "samples" / "step_00000001.png").exists()
+
+
+def test_a_font_that_is_missing_or_none(fails, tmp_path, monkeypatch):
+  config = f"{TOY_CONFIG},dataset=emoji"
+  (tmp_path / "font.ttf").write_text("not a font")
+  data = f"--config.data.options.data_dir={tmp_path}"
+  for font, message in (("nowhere.ttf", "cannot read the font 'nowhere.ttf': No such file"),
+                        (tmp_path / "font.ttf", "is not a font")):
+    flags = [data, f"--config.data.options.font={font}"]
+    assert message in starts(fails, tmp_path / "run", *flags, config=config)
+  monkeypatch.setenv("PATH", "")
+  monkeypatch.setattr("glob.glob", lambda *args, **kwargs: [])
+  message = starts(fails, tmp_path / "run", data, config=config)
+  assert "the font Noto Color Emoji is not on this machine: install the Debian package" in message
+
+
+def test_a_work_directory_of_another_run_is_left_alone(run, fails, tmp_path):
+  workdir = shutil.copytree(run, tmp_path / "run")
+  before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+  message = fails(main, TOY_CONFIG, f"--workdir={workdir}", "--config.optimizer.b1=0.5")
+  assert message.startswith(
+    f"--workdir={workdir} holds another run: its optimizer.b1 is 0.9, this config's is 0.5; choose "
+    "another --workdir, or delete it"
+  )
+  message = fails(main, QUICKSTART, f"--workdir={workdir}")
+  assert "holds another run" in message and " more; choose another --workdir" in message
+  assert before == {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+  (workdir / "config.json").write_text("{")
+  assert "config.json is not a config" in fails(main, TOY_CONFIG, f"--workdir={workdir}")
+  (tmp_path / "file").write_text("")
+  message = fails(main, TOY_CONFIG, f"--workdir={tmp_path / 'file'}")
+  assert f"cannot make --workdir={tmp_path / 'file'}: File exists" in message
+
+
+def test_a_checkpoint_or_export_of_another_system(run, fails, tmp_path):
+  message = starts(fails, tmp_path / "a", f"--config.resume={run}", config=QUICKSTART)
+  assert "is of the system 'toy', the config's is 'ddpm'; choose another" in message
+  wider = "--config.model.width=48"
+  message = starts(fails, tmp_path / "b", wider, f"--config.resume={run}")
+  assert "does not fit this run: params/" in message
+  assert "use the config that wrote it, or another directory" in message
+  message = starts(fails, tmp_path / "c", wider, f"--config.init_from={run / 'export'}")
+  assert re.search(r"does not fit this config: 0 arrays are missing, 0 have no place and \d+ have "
+                   r"another shape, such as drawer/", message)
+  message = starts(fails, tmp_path / "d", f"--config.init_from={run / 'export'}", config=QUICKSTART)
+  assert "does not fit this config" in message
+  message = starts(fails, tmp_path / "e", "--config.text.length=20", f"--config.resume={run}")
+  assert "takes prompts of 16 tokens, the config has text.length=20; set it to the same" in message
+
+
+def test_a_damaged_checkpoint_says_how_to_go_on(run, fails, tmp_path):
+  workdir = shutil.copytree(run, tmp_path / "run")
+  newest = workdir / "checkpoints" / "state" / "2"
+  for path in newest.rglob("*"):
+    if path.is_file() and path.stat().st_size > 1000:
+      path.write_bytes(path.read_bytes()[:100])
+  message = fails(main, TOY_CONFIG, f"--workdir={workdir}", "--config.train.duration=3",
+                  "--config.checkpoint.every=1", "--config.sample.every=0",
+                  "--config.evaluate.every=0")
+  assert f"checkpoint {newest} cannot be read, its files are missing or damaged" in message
+  assert "restore it from a copy, or delete it to go on from step 1" in message
+  assert saved_steps(workdir) == [1, 2]
+
+
+def test_exports_that_are_not_whole(run, exported, fails):
+  def error():
+    return fails(sample, f"--export={exported}", "--prompt=a", f"--output={exported / 'out'}")
+
+  for name in ("variables.safetensors", "tokenizer.json"):
+    content = (exported / name).read_bytes()
+    (exported / name).unlink()
+    assert error() == f"the export {exported} is not whole: {name} is missing; copy it again"
+    (exported / name).write_bytes(content[:50])
+    assert f"is not whole: {name} has 50 bytes of {len(content)}; copy it again" in error()
+    (exported / name).write_bytes(bytes(len(content)))  # as a disk may leave it
+    assert name in error()
+    (exported / name).write_bytes(content)
+  about = json.loads((exported / "config.json").read_text())
+  for change, message in (
+    ({"format": 99}, "has export format 99, this version reads 1"),
+    ({"config": {}}, "its config has no section"),
+    ({"config": {**about["config"], "system": "toi"}}, "unknown system 'toi'"),
+    ({"step": None}, "is not an export's (TypeError"),
+  ):
+    (exported / "config.json").write_text(json.dumps(about | change))
+    assert message in error()
+  (exported / "config.json").write_text("{")
+  assert "is not an export's (JSONDecodeError" in error()
+  message = fails(sample, f"--export={run}", "--prompt=a", f"--output={exported / 'out'}")
+  assert f"did you mean '{run / 'export'}'?" in message
+
+
+@pytest.mark.parametrize("flags, message", [
+  (["--guidance=3"], "unknown sampling option of toy 'guidance'"),
+  (["--option=temperatur=3"], "unknown sampling option of toy 'temperatur'; did you mean"),
+  (["--option=temperature=hot"], "sampling option temperature=hot: expected float, such as 1.0"),
+  (["--option=temperature"], "--option=temperature is not NAME=VALUE"),
+  (["--option=mode=odd"], "mode=odd cannot be drawn"),
+  (["--seed=-1"], "seed=-1 is out of range; use 0 to 4294967295"),
+  (["--batch-size=0"], "batch_size=0 draws nothing; use 1 or more"),
+])
+def test_what_a_sampler_does_not_take(flags, message, run, fails, tmp_path):
+  assert message in fails(sample, f"--export={run / 'export'}", "--prompt=a",
+                          f"--output={tmp_path}", *flags)
+
+
+def test_places_that_cannot_be_written(run, fails, tmp_path):
+  (tmp_path / "file").write_text("")
+  message = fails(sample, f"--export={run / 'export'}", "--prompt=a",
+                  f"--output={tmp_path / 'file'}")
+  assert f"cannot read or write {tmp_path / 'file'}: File exists" in message
+  (tmp_path / "latin.txt").write_bytes("ein Käse".encode("latin-1"))
+  message = fails(sample, "--export=x", f"--prompts={tmp_path / 'latin.txt'}")
+  assert "is not UTF-8 text" in message and "save it as UTF-8" in message
+
+
+def test_prompts_are_drawn_and_what_is_cut_of_them_is_said(run, tmp_path, capfd):
+  prompts = tmp_path / "prompts.txt"
+  long = "a small red circle " * 10
+  prompts.write_text(f"a red ring\n\n{long}\n")
+  sample.main([f"--export={run / 'export'}", f"--prompts={prompts}", "--prompt=a / cat?",
+               "--count=2", f"--output={tmp_path / 'out'}"])
+  out, err = capfd.readouterr()
+  names = sorted(path.name for path in (tmp_path / "out").iterdir())
+  assert [name[:13] for name in names] == [
+    "00000_a-cat.p", "00001_a-cat.p", "00002_a-red-r", "00003_a-red-r", "00004_a-small",
+    "00005_a-small", "grid.png",
+  ]
+  assert out == f"6 pictures and grid.png in {tmp_path / 'out'}\n"
+  (line,) = [line for line in err.splitlines() if line.startswith("warning: ")]
+  assert "is longer than the 16 tokens that the encoder takes: '" in line
+  assert line.endswith("small red circle' is cut off")
+  assert Image.open(tmp_path / "out" / names[0]).size == (16, 16)
+
+
+def test_a_picture_does_not_depend_on_the_batch_or_the_devices(run):
+  import jax
+
+  import t2i_jax
+  from t2i_jax.parallel.mesh import make_mesh
+
+  prompts = [f"a {colour} ring" for colour in ("red", "blue", "green", "black", "white")]
+  pipeline = t2i_jax.load(run / "export")
+  whole = pipeline(prompts, seed=5)
+  assert whole.shape == (5, 16, 16, 3) and whole.dtype == np.uint8
+  np.testing.assert_array_equal(pipeline(prompts, seed=5, batch_size=2), whole)
+  np.testing.assert_array_equal(pipeline(prompts[3:], seed=5, first=3), whole[3:])
+  one = type(pipeline)(pipeline.system, pipeline.tokenizer, make_mesh({}, jax.devices()[:1]),
+                       jax.device_get(pipeline.variables), pipeline.config)
+  np.testing.assert_array_equal(one(prompts, seed=5), whole)
+  assert (pipeline(prompts, seed=6) != whole).any()
+
+
+def test_export_never_replaces_what_is_no_export(run, fails, tmp_path):
+  mine = folder_of(tmp_path / "photos", None, ["a.png"])
+  for place in (mine, run, tmp_path / "photos" / "a.png"):
+    message = fails(export, f"--workdir={run}", f"--output={place}")
+    assert f"'{place}' is there and is no export, so it is not replaced" in message
+  assert (mine / "a.png").exists() and (run / "config.json").exists()
+  message = fails(export, f"--workdir={run}", f"--output={tmp_path / 'new'}", "--step=7")
+  assert "no checkpoint of step 7 in" in message and "stored: 1, 2" in message
+
+
+def test_export_of_any_checkpoint(run, tmp_path, capsys):
+  export.main([f"--workdir={run}", f"--output={tmp_path / 'new'}"])
+  assert capsys.readouterr().out == f"{tmp_path / 'new'}\n"
+  for name in ("variables.safetensors", "tokenizer.json"):
+    assert (tmp_path / "new" / name).read_bytes() == (run / "export" / name).read_bytes()
+  export.main([f"--workdir={run}", f"--output={tmp_path / 'new'}", "--step=1", "--no-ema"])
+  again = export.read(tmp_path / "new")
+  assert again.step == 1
+  old = export.read(run / "export").variables["params"]["drawer"]["out"]["kernel"]
+  assert not np.array_equal(again.variables["params"]["drawer"]["out"]["kernel"], old)
+  assert {path.name for path in tmp_path.iterdir()} == {"new"}
+
+
+def test_a_full_disk_leaves_the_old_export_whole(run, exported, fails, monkeypatch):
+  def full(*args, **kwargs):
+    raise OSError(28, "No space left on device")
+
+  before = {path.name: path.read_bytes() for path in exported.iterdir()}
+  monkeypatch.setattr("safetensors.numpy.save_file", full)
+  message = fails(export, f"--workdir={run}", f"--output={exported}")
+  assert message == (f"cannot write the export {exported}: No space left on device; free space "
+                     "there or choose another folder")
+  assert before == {path.name: path.read_bytes() for path in exported.iterdir()}
+  assert [path.name for path in exported.parent.iterdir()] == ["exported"]
+
+
+def test_evaluate(run, fails, tmp_path, capfd):
+  flags = [f"--export={run / 'export'}", "--measure=loss"]
+  message = fails(evaluate, *flags, "--split=heldout")
+  assert "unknown split 'heldout'; did you mean" in message
+  message = fails(evaluate, *flags, "--data-option=level=two")
+  assert "unknown option of data set 'scenes' 'level'; did you mean 'levels'?" in message
+  evaluate.main([*flags, "--split=held_out_pairs", f"--output={tmp_path}"])
+  scores = json.loads((tmp_path / "scores.json").read_text())
+  loss = scores["splits"]["held_out_pairs"]["loss"]
+  assert scores["step"] == 2 and 0 < loss["held_out_pairs/error"] < 4
+  assert capfd.readouterr().out.startswith("held_out_pairs: held_out_pairs/error 0.")
+
+
+def raising(error):
+  """A command that does nothing but raise."""
+
+  class Command:
+    @staticmethod
+    def main(argv):
+      def act(flags):
+        raise error
+
+      command.run(command.parser("x", "y", "z"), argv, act)
+
+  return Command
+
+
+def test_the_machine_s_troubles_are_one_line_too(fails, tmp_path):
+  assert fails(raising(OSError(28, "No space left on device", str(tmp_path)))) == (
+    f"cannot read or write {tmp_path}: No space left on device; check its permissions and the "
+    "space left"
+  )
+  full = RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes.\nmore\nlines")
+  assert "use a smaller batch (train.batch_size, or --batch-size)" in fails(raising(full))
+  assert fails(raising(UserError("one\n  line"))) == "one line"
+  with pytest.raises(SystemExit) as exit:
+    raising(KeyboardInterrupt()).main([])
+  assert exit.value.code == 130
+  with pytest.raises(ZeroDivisionError):  # a bug keeps its traceback
+    raising(ZeroDivisionError()).main([])
+
+
+def test_show_prints_the_config(capsys, monkeypatch):
+  monkeypatch.setattr(sys, "argv", ["main", QUICKSTART, "--config.seed=7", "--show"])
+  main.main()
+  assert json.loads(capsys.readouterr().out)["seed"] == 7
