@@ -16,10 +16,10 @@ from t2i_jax import recipe
 from t2i_jax.config import choose, parse_arg
 
 SIZES = {
-  "small": dict(channels=32, multipliers=(1, 2, 4), attention_levels=(1, 2), groups=16,
-                resolution=32),
-  "tiny": dict(channels=16, multipliers=(1, 2), attention_levels=(1,), groups=8, resolution=16,
-               steps=50),
+  "small": dict(channels=48, multipliers=(1, 1, 1), attention_levels=(1, 2), head_channels=48,
+                groups=8, resolution=32),
+  "tiny": dict(channels=16, multipliers=(1, 1), attention_levels=(1,), head_channels=16, groups=8,
+               resolution=16, steps=50),
 }
 
 
@@ -27,18 +27,19 @@ def get_config(arg=None):
   arg = parse_arg(arg, size="small", dataset="scenes")
   config = recipe.base("ddpm", arg.dataset)
   config.model.update(
-    schedule="cosine", prediction="x0", weighting="v_bounded", weighting_bound=20.0,
-    density="stratified", time_shift=2.0, blocks=1,
-    head_channels=32, patch=2, coordinates=3, **choose("size", arg.size, SIZES),
+    schedule="cosine", prediction="x0", weighting="v_bounded", weighting_bound=5.0,
+    density="stratified", time_shift=3.0, blocks=1, patch=2, coordinates=3,
+    **choose("size", arg.size, SIZES),
   )
   config.text.update(length=16, pool="flatten")
-  config.train.update(duration="1600 steps", batch_size=32)
+  config.train.update(duration="2800 steps", batch_size=16)
   config.optimizer.update(
-    learning_rate=1.5e-3, b2=0.99, weight_decay=0.01, schedule="cosine", warmup="100 steps"
+    name="muon", learning_rate=3e-3, b2=0.99, weight_decay=0.01, schedule="cosine",
+    warmup="50 steps",
   )
   config.ema.decay = 0.999
   config.log.every = "50 steps"
-  config.sample.options.update(steps=25)
+  config.sample.options.update(steps=15)
   if config.data.name == "scenes":
     config.evaluate.update(pictures=256, splits=("held_out_combinations",))
   if arg.size == "tiny":

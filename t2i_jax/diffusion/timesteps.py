@@ -27,6 +27,16 @@ def stratified(rng: Array, rows: int) -> Array:
   return jax.random.permutation(order_key, u)
 
 
+def logit_normal(rng: Array, rows: int) -> Array:
+  """More of the middle times: the sigmoid of a standard normal, spread evenly over the batch.
+
+  Esser et al. 2024, section 3.1; `shifted` by s moves the normal's mean to log(s).
+  """
+  # The smallest and the largest that float32 tells from 0 and 1.
+  u = jnp.clip(stratified(rng, rows), 1e-7, 1.0 - 1e-7)
+  return jax.nn.sigmoid(jax.scipy.special.ndtri(u))
+
+
 def shifted(u: Array, shift: float) -> Array:
   """Times moved towards noise (shift > 1) or towards the picture (< 1).
 
@@ -42,7 +52,9 @@ def discrete(u: Array, steps: int) -> Array:
   return jnp.minimum((u * steps).astype(jnp.int32), steps - 1)
 
 
-DENSITIES: dict[str, Density] = {"uniform": uniform, "stratified": stratified}
+DENSITIES: dict[str, Density] = {
+  "uniform": uniform, "stratified": stratified, "logit_normal": logit_normal,
+}
 
 
 def make_density(name: str) -> Density:

@@ -233,6 +233,14 @@ class Evaluated(Protocol):
     """Per-example metrics [B], which the caller averages over valid rows."""
 
 
+def check_positive(section: str, values: Any, *names: str) -> None:
+  """Raises UserError where one of these attributes, a number or numbers, is not at least 1."""
+  for name in names:
+    value = getattr(values, name)
+    if value == () or min(value if isinstance(value, tuple) else (value,)) < 1:
+      raise UserError(f"{section}.{name}={value}: use 1 or more")
+
+
 def require(system: System, capability: type, what: str) -> None:
   """Raises UserError unless `system` has the capability that `what` needs."""
   if not isinstance(system, capability):

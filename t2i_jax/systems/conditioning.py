@@ -57,6 +57,7 @@ class TextConditioner:
     for kind, value, valid in (("encoder", self.encoder, ENCODERS), ("pool", self.pool, POOLS)):
       if value not in valid:
         raise unknown(f"text {kind}", value, valid)
+    base.check_positive("text", self, "length", "width", "layers", "heads")
     if not 0.0 <= self.drop <= 1.0:
       raise UserError(f"text.drop={self.drop} is no probability; use 0 to 1")
     if self.encoder == "transformer" and self.width % self.heads:

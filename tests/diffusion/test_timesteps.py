@@ -7,20 +7,25 @@ from t2i_jax.diffusion.timesteps import DENSITIES, discrete, make_density, shift
 from t2i_jax.errors import UserError
 
 BATCHES, ROWS = 2000, 8
+# Shares of a density up to a time, where that is not the time itself.
+CUMULATIVE = {
+  "logit_normal": lambda u: jax.scipy.stats.norm.cdf(jax.scipy.special.logit(u)),
+}
 
 
 @pytest.fixture(scope="module", params=sorted(DENSITIES))
 def drawn(request):
-  """The density's name, and its times [BATCHES, ROWS] for as many keys."""
+  """The density's name, and for as many keys the shares of it up to its times [BATCHES, ROWS]."""
   density = make_density(request.param)
   keys = jax.random.split(jax.random.key(0), BATCHES)
-  return request.param, np.asarray(jax.jit(jax.vmap(lambda key: density(key, ROWS)))(keys))
-
-
-def test_all_times_are_as_frequent(drawn):
-  _, u = drawn
+  u = jax.jit(jax.vmap(lambda key: density(key, ROWS)))(keys)
   assert u.shape == (BATCHES, ROWS) and u.dtype == np.float32
   assert u.min() >= 0 and u.max() < 1
+  return request.param, np.asarray(CUMULATIVE.get(request.param, lambda u: u)(u))
+
+
+def test_all_times_are_as_frequent_as_they_should_be(drawn):
+  _, u = drawn
   np.testing.assert_allclose(np.histogram(u, 20, (0, 1))[0] / u.size, 1 / 20, rtol=0.2)
 
 
@@ -31,13 +36,13 @@ def test_every_row_has_all_times(drawn):
   np.testing.assert_allclose(u.std(axis=0), 1 / np.sqrt(12), rtol=0.05)
 
 
-def test_stratified_has_one_time_in_each_stratum_and_uniform_has_not(drawn):
+def test_all_but_uniform_have_one_time_in_each_stratum(drawn):
   name, u = drawn
   ordered = np.sort(u, axis=1)
   # Neighbours, around the circle, are an eighth apart.
   gaps = np.diff(np.concatenate([ordered, ordered[:, :1] + 1], axis=1))
-  even = np.all(np.abs(gaps - 1 / ROWS) <= 1e-6, axis=1)
-  assert even.all() if name == "stratified" else even.mean() < 0.01
+  even = np.all(np.abs(gaps - 1 / ROWS) <= (1e-6 if name == "stratified" else 1e-4), axis=1)
+  assert even.mean() < 0.01 if name == "uniform" else even.all()
 
 
 def test_uniform_rows_are_independent(drawn):

@@ -89,6 +89,10 @@ class DDPM(base.System):
   dtype: Any = jnp.float32
 
   def __post_init__(self):
+    base.check_positive(
+      "model", self, "resolution", "channels", "multipliers", "blocks", "head_channels", "groups",
+      "patch",
+    )
     coarsest = self.patch * 2 ** (len(self.multipliers) - 1)
     if self.resolution % coarsest:
       raise UserError(

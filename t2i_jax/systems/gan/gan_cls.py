@@ -86,8 +86,10 @@ class GANCLS(base.System):
       raise unknown("model.play", self.play, ("alternating", "simultaneous"))
     if not 0.0 <= self.label_smoothing < 1.0:
       raise UserError(f"model.label_smoothing={self.label_smoothing} is not in [0, 1)")
-    if self.r1_every < 1:
-      raise UserError(f"model.r1_every={self.r1_every}: use 1 or more")
+    base.check_positive(
+      "model", self, "noise_size", "text_size", "generator_channels", "discriminator_channels",
+      "r1_every",
+    )  # fmt: skip
 
   @cached_property
   def generator(self) -> Generator:

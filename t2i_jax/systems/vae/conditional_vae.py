@@ -79,6 +79,10 @@ class ConditionalVAE(base.System):
   dtype: Any = jnp.float32
 
   def __post_init__(self):
+    base.check_positive(
+      "model", self, "resolution", "latent_size", "prior_width", "channels", "multipliers",
+      "blocks", "head_channels", "groups", "patch",
+    )  # fmt: skip
     coarsest = self.patch * 2 ** (len(self.multipliers) - 1)
     if self.resolution % coarsest:
       raise UserError(
