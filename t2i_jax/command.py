@@ -61,7 +61,7 @@ def run(parser: argparse.ArgumentParser, argv: list[str] | None,
 
 
 def set_up_jax() -> None:
-  """Keeps compiled programs on disk between commands, and joins other processes.
+  """Joins other processes, and keeps compiled programs on disk between commands.
 
   The cache lies in $T2I_CACHE, else in the user's cache directory. Programs
   compiled on several hosts are not written: each would write the same files.
@@ -69,14 +69,17 @@ def set_up_jax() -> None:
   import jax
 
   from t2i_jax.parallel import distributed
+  from t2i_jax.parallel.host_memory import keep_freed_memory
 
   distributed.initialize()
   try:
-    jax.devices()
+    platform = jax.devices()[0].platform
   except (RuntimeError, AssertionError) as error:  # jax asserts that some platform was found
     platforms = os.environ.get("JAX_PLATFORMS", "")
     raise UserError(f"no devices for JAX_PLATFORMS='{platforms}'; unset it, or install jax for "
                     f"them: {error}") from error
+  if platform == "cpu":
+    keep_freed_memory()
   folder = cache_directory() / "compiled"
   try:
     folder.mkdir(parents=True, exist_ok=True)

@@ -105,7 +105,7 @@ def test_overrides_keep_the_type(key, text, value):
   ("train.batch_size", "many", "config key train.batch_size=many: expected int, such as 8"),
   ("train.batch_size", "8.5", "expected int"),
   ("train.batch_size", "True", "expected int"),
-  ("optimizer.learning_rate", "fast", "expected float, such as 0.0015"),
+  ("optimizer.learning_rate", "fast", "expected float, such as 0.003"),
   ("optimizer.learning_rate", "1e999", "expected float"),
   ("ema.warmup", "1", "expected bool"),
   ("model.multipliers", "1,x", "config key model.multipliers=x: expected int, such as 1"),
