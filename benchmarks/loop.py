@@ -15,7 +15,7 @@ import time
 import jax
 from etils import epath
 
-from t2i_jax import assembly
+from t2i_jax import assembly, command
 from t2i_jax import config as configs
 from t2i_jax.data.loader import Loader
 from t2i_jax.data.prefetch import Prefetcher
@@ -35,6 +35,7 @@ def main():
   parser.add_argument("--rounds", type=int, default=5)
   flags = parser.parse_args()
 
+  command.set_up_jax()
   config = configs.load_config(flags.config)
   mesh = make_mesh(config.mesh.to_dict())
   size = config.train.batch_size
