@@ -16,6 +16,7 @@ import optax
 
 from t2i_jax.errors import UserError, unknown
 from t2i_jax.parallel.sharding import path_text
+from t2i_jax.training.muon import scale_by_muon
 
 Section = Mapping[str, Any]
 
@@ -134,11 +135,7 @@ def _muon(section: Section, params: Any) -> optax.GradientTransformation:
   hidden = jax.tree_util.tree_map_with_path(
     lambda path, leaf: "muon" if _is_hidden_matrix(path, leaf) else "adam", params)
   muon = optax.chain(
-    optax.contrib.scale_by_muon(
-      beta=_MUON_MOMENTUM,
-      weight_dimension_numbers=lambda updates: jax.tree.map(
-        lambda update: optax.contrib.MuonDimensionNumbers(
-          tuple(range(update.ndim - 1)), update.ndim - 1), updates)),
+    scale_by_muon(_MUON_MOMENTUM),
     optax.stateless(lambda updates, _: jax.tree.map(
       lambda update: _MUON_RMS * math.sqrt(_longer_side(update)) * update, updates)))
   return optax.partition({"muon": muon, "adam": _adam(section, params)}, hidden)
