@@ -33,7 +33,7 @@ def get_config(arg=None):
     **choose("size", arg.size, SIZES),
   )
   config.text.update(length=16, width=64, heads=2, pool="flatten")
-  config.train.update(duration="4200 steps", batch_size=16)
+  config.train.update(duration="4700 steps", batch_size=16)
   config.optimizer.update(
     name="muon", learning_rate=3e-3, b2=0.99, weight_decay=0.01, schedule="cosine",
     warmup="50 steps",
