@@ -48,6 +48,7 @@ setup(
     "tpu": ["jax[tpu]>=0.10.2,<0.12"],
     "cuda": ["jax[cuda12]>=0.10.2,<0.12"],
     "test": TEST,
+    "plots": ["matplotlib>=3.11,<3.12"],  # of benchmarks/curve.py
     "parity": ["torch>=2.13,<2.16", "diffusers>=0.39,<0.43"],
   },
 )

@@ -2,9 +2,10 @@
 
   python -m t2i_jax.main --config=configs/quickstart.py --workdir=DIR \
     --config.checkpoint.every=10% --config.checkpoint.keep_last=20
-  python benchmarks/curve.py --workdir=DIR --split=held_out_combinations
+  python benchmarks/curve.py --workdir=DIR --split=held_out_combinations --plot=curve.svg
 
-Minutes are of training steps alone, without compiling, drawing and saving.
+Minutes are of training steps alone, without compiling, drawing and saving. The
+plot needs matplotlib (the extra "plots").
 """
 
 import argparse
@@ -27,6 +28,7 @@ def main() -> None:
   parser.add_argument("--split", default="held_out_combinations")
   parser.add_argument("--pictures", type=int, default=256)
   parser.add_argument("--output", type=Path, help="a JSON file for the figures")
+  parser.add_argument("--plot", type=Path, help="an SVG or PNG file for the curve")
   args = parser.parse_args()
   command.set_up_jax()
   checkpoints = Checkpoints(epath.Path(args.workdir) / "checkpoints", read_only=True)
@@ -49,6 +51,8 @@ def main() -> None:
           flush=True)
   if args.output:
     args.output.write_text(json.dumps(rows, indent=1) + "\n")
+  if args.plot:
+    plot(rows, args.split, args.plot)
 
 
 def minutes_by_step(workdir: Path) -> dict[int, float]:
@@ -61,6 +65,24 @@ def minutes_by_step(workdir: Path) -> dict[int, float]:
       last = entry["step"]
       minutes[last] = spent
   return minutes
+
+
+def plot(rows: list[dict], split: str, path: Path) -> None:
+  """Draws the share right in each attribute, and in all, against minutes."""
+  from matplotlib.figure import Figure
+
+  rows = [row for row in rows if row["minutes"] is not None]
+  axes = (figure := Figure(figsize=(6, 3.5), layout="constrained")).subplots()
+  for name in data.ATTRIBUTES:
+    axes.plot(
+      [row["minutes"] for row in rows], [100 * row["right"][name] for row in rows], label=name,
+      linewidth=3 if name == "all" else 1, color="black" if name == "all" else None,
+    )
+  axes.set(xlabel="minutes of training", ylabel="% right", ylim=(0, 101), xlim=(0, None),
+           title=split.replace("_", " "))
+  axes.grid(alpha=0.3)
+  axes.legend()
+  figure.savefig(path)
 
 
 if __name__ == "__main__":

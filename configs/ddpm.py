@@ -25,18 +25,17 @@ PUBLISHED = dict(
 # Small pictures on a CPU: no level at full resolution, and coordinates, without
 # which convolutions under global conditioning place things at chance.
 LAPTOP = dict(
-  channels=32, multipliers=(1, 2, 4), attention_levels=(1, 2), blocks=1, head_channels=32,
-  groups=16, patch=2, coordinates=3, schedule="cosine",
+  channels=48, multipliers=(1, 1, 1), attention_levels=(2,), blocks=1, head_channels=48,
+  groups=8, patch=2, coordinates=3, schedule="cosine",
 )
 SIZES = {
   "small": dict(LAPTOP, resolution=32),
-  "emoji": dict(LAPTOP, resolution=64, channels=48, multipliers=(1, 2, 4, 4),
-                attention_levels=(2, 3)),
+  "emoji": dict(LAPTOP, resolution=64, multipliers=(1, 1, 2, 2), attention_levels=(2, 3)),
   "cifar10": dict(PUBLISHED, resolution=32, multipliers=(1, 2, 2, 2), attention_levels=(1,),
                   dropout=0.1),
   "lsun": dict(PUBLISHED, resolution=256, multipliers=(1, 1, 2, 2, 4, 4), attention_levels=(4,)),
   "tiny": dict(LAPTOP, resolution=16, channels=16, multipliers=(1, 2), attention_levels=(1,),
-               groups=8, steps=50),
+               head_channels=16, steps=50),
 }
 
 
@@ -52,10 +51,11 @@ def get_config(arg=None):
     )
     config.sample.options.update(solver="ddpm", steps=1000)
     return config
-  config.text.update(pool="flatten")
-  config.train.update(duration="3000 steps", batch_size=32)
+  config.text.update(width=64, heads=2, pool="flatten")
+  config.train.update(duration="4700 steps", batch_size=16)
   config.optimizer.update(
-    learning_rate=1.5e-3, b2=0.99, weight_decay=0.01, schedule="cosine", warmup="100 steps"
+    name="muon", learning_rate=3e-3, b2=0.99, weight_decay=0.01, schedule="cosine",
+    warmup="50 steps",
   )
   config.ema.decay = 0.999
   config.sample.options.update(steps=25)

@@ -29,10 +29,10 @@ def get_config(arg=None):
   config = recipe.base("ddpm", arg.dataset)
   config.model.update(
     schedule="cosine", prediction="x0", weighting="v_bounded", weighting_bound=5.0,
-    density="logit_normal", time_shift=3.0, blocks=1, patch=2, coordinates=3,
+    density="logit_normal", density_spread=1.5, time_shift=3.0, blocks=1, patch=2, coordinates=3,
     **choose("size", arg.size, SIZES),
   )
-  config.text.update(length=16, width=64, heads=2, pool="flatten")
+  config.text.update(width=64, heads=2, pool="flatten")
   config.train.update(duration="4700 steps", batch_size=16)
   config.optimizer.update(
     name="muon", learning_rate=3e-3, b2=0.99, weight_decay=0.01, schedule="cosine",

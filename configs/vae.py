@@ -16,7 +16,8 @@ from t2i_jax import recipe
 from t2i_jax.config import choose, parse_arg
 
 SIZES = {
-  "small": dict(resolution=32, channels=32, multipliers=(1, 2, 4), latent_size=32),
+  "small": dict(resolution=32, channels=48, multipliers=(1, 1, 1), attention_levels=(2,),
+                head_channels=48, groups=8, latent_size=32),
   "tiny": dict(resolution=16, channels=16, multipliers=(1, 2), latent_size=8, groups=8,
                prior_width=32, prior_layers=1),
 }
@@ -26,10 +27,11 @@ def get_config(arg=None):
   arg = parse_arg(arg, size="small", dataset="scenes")
   config = recipe.base("conditional_vae", arg.dataset)
   config.model.update(choose("size", arg.size, SIZES))
-  config.text.update(pool="flatten", drop=0.0)
-  config.train.update(duration="3000 steps", batch_size=32)
+  config.text.update(width=64, heads=2, pool="flatten", drop=0.0)
+  config.train.update(duration="4700 steps", batch_size=16)
   config.optimizer.update(
-    learning_rate=1e-3, b2=0.99, weight_decay=0.01, schedule="cosine", warmup="100 steps"
+    name="muon", learning_rate=3e-3, b2=0.99, weight_decay=0.01, schedule="cosine",
+    warmup="50 steps",
   )
   config.ema.decay = 0.999
   if arg.size == "tiny":

@@ -7,8 +7,8 @@ from t2i_jax.config import choose, shared_sections
 
 DATASETS = {
   # Options of the data set, and settings of the text that suit its captions.
-  "scenes": ({"levels": ("one",)}, {"length": 32, "vocab_size": 512}),
-  "scenes_two": ({"levels": ("two",)}, {"length": 32, "vocab_size": 512}),
+  "scenes": ({"levels": ("one",)}, {"length": 16, "vocab_size": 512}),
+  "scenes_two": ({"levels": ("two",)}, {"length": 16, "vocab_size": 512}),
   "scenes_all": ({"levels": ("one", "two", "counts")}, {"length": 40, "vocab_size": 512}),
   "emoji": ({}, {"length": 24, "vocab_size": 2048}),
   "folder": ({}, {"length": 64, "vocab_size": 8192}),

@@ -3,11 +3,13 @@
 For variance-preserving processes, alpha^2 + sigma^2 = 1, which `V` relies on.
 """
 
+import dataclasses
 from typing import NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 
-from t2i_jax.errors import unknown
+from t2i_jax.errors import UserError, unknown
 
 Array = jax.Array
 
@@ -71,14 +73,57 @@ class V:
     return 1.0 / sigma
 
 
-PARAMETERIZATIONS = {"epsilon": Epsilon, "x0": X0, "v": V}
+@dataclasses.dataclass(frozen=True)
+class EDM:
+  """What x_t, shrunk by the noise in it, lacks of x_0 (Karras et al. 2022, section 5).
+
+  Almost clean pictures are passed on, so that the network need not copy them;
+  of almost pure noise it predicts x_0. The paper's c_skip and c_out, here of
+  x_t = alpha x_0 + sigma noise in place of x_0 + sigma noise. At a `sigma_data`
+  of 1 and alpha^2 + sigma^2 = 1 the output is -v.
+
+  Attributes:
+    sigma_data: standard deviation of the pictures in [-1, 1].
+  """
+
+  sigma_data: float = 0.5
+
+  def target(self, x_0, noise, alpha, sigma):
+    size = self._size(alpha, sigma)
+    return (sigma * x_0 / self.sigma_data - alpha * self.sigma_data * noise) / size
+
+  def predict(self, x_t, output, alpha, sigma):
+    size = self._size(alpha, sigma)
+    x_0 = alpha * (self.sigma_data / size) ** 2 * x_t + self.sigma_data * sigma / size * output
+    noise = sigma / size**2 * x_t - self.sigma_data * alpha / size * output
+    return Prediction(x_0, noise)
+
+  def error_scale(self, alpha, sigma):
+    return self._size(alpha, sigma) / (self.sigma_data * sigma)
+
+  def _size(self, alpha: Array, sigma: Array) -> Array:
+    """Standard deviation of x_t."""
+    return jnp.sqrt(sigma**2 + (self.sigma_data * alpha) ** 2)
 
 
-def make_parameterization(name: str) -> Parameterization:
-  """The parameterization of a name; UserError for another."""
+PARAMETERIZATIONS = {"epsilon": Epsilon, "x0": X0, "v": V, "edm": EDM}
+
+
+def make_parameterization(name: str, sigma_data: float = 0.5) -> Parameterization:
+  """The parameterization of a name.
+
+  Args:
+    name: key of `PARAMETERIZATIONS`.
+    sigma_data: of "edm".
+
+  Raises:
+    UserError: for another name, or a `sigma_data` that is not positive.
+  """
   if name not in PARAMETERIZATIONS:
     raise unknown("diffusion prediction", name, PARAMETERIZATIONS)
-  return PARAMETERIZATIONS[name]()
+  if sigma_data <= 0:
+    raise UserError(f"sigma_data={sigma_data} is not positive; Karras et al. 2022 use 0.5")
+  return EDM(sigma_data) if name == "edm" else PARAMETERIZATIONS[name]()
 
 
 def noise_of(x_t: Array, x_0: Array, alpha: Array, sigma: Array) -> Array:

@@ -1,11 +1,12 @@
 """Which times are trained: densities over [0, 1), from the picture to noise."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
-from t2i_jax.errors import unknown
+from t2i_jax.errors import UserError, unknown
 
 Array = jax.Array
 Density = Callable[[Array, int], Array]  # (rng, rows) -> float32 [rows] in [0, 1)
@@ -27,14 +28,15 @@ def stratified(rng: Array, rows: int) -> Array:
   return jax.random.permutation(order_key, u)
 
 
-def logit_normal(rng: Array, rows: int) -> Array:
-  """More of the middle times: the sigmoid of a standard normal, spread evenly over the batch.
+def logit_normal(rng: Array, rows: int, spread: float = 1.0) -> Array:
+  """More of the middle times: the sigmoid of a normal, spread evenly over the batch.
 
-  Esser et al. 2024, section 3.1; `shifted` by s moves the normal's mean to log(s).
+  Esser et al. 2024, section 3.1. `spread` is the normal's standard deviation;
+  `shifted` by s moves its mean from 0 to log(s).
   """
   # The smallest and the largest that float32 tells from 0 and 1.
   u = jnp.clip(stratified(rng, rows), 1e-7, 1.0 - 1e-7)
-  return jax.nn.sigmoid(jax.scipy.special.ndtri(u))
+  return jax.nn.sigmoid(spread * jax.scipy.special.ndtri(u))
 
 
 def shifted(u: Array, shift: float) -> Array:
@@ -57,8 +59,18 @@ DENSITIES: dict[str, Density] = {
 }
 
 
-def make_density(name: str) -> Density:
-  """The density of a name; UserError for another."""
+def make_density(name: str, spread: float = 1.0) -> Density:
+  """The density of a name.
+
+  Args:
+    name: key of `DENSITIES`.
+    spread: of "logit_normal".
+
+  Raises:
+    UserError: for another name, or a spread that is not positive.
+  """
   if name not in DENSITIES:
     raise unknown("timestep density", name, DENSITIES)
-  return DENSITIES[name]
+  if spread <= 0:
+    raise UserError(f"density_spread={spread} is not positive; Esser et al. 2024 use 1")
+  return partial(logit_normal, spread=spread) if name == "logit_normal" else DENSITIES[name]

@@ -57,6 +57,36 @@ def test_v_is_the_angular_derivative():
   np.testing.assert_allclose(v, derivative, atol=1e-5)
 
 
+def test_edm_is_minus_v_at_unit_sigma_data():
+  x_0, noise, x_t = draw()
+  edm, v = make_parameterization("edm", 1.0), make_parameterization("v")
+  np.testing.assert_allclose(
+    edm.target(x_0, noise, ALPHA, SIGMA), -v.target(x_0, noise, ALPHA, SIGMA), atol=1e-5
+  )
+  output = draw(1)[0]
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
+    edm.predict(x_t, output, ALPHA, SIGMA), v.predict(x_t, -output, ALPHA, SIGMA),
+  )
+
+
+def test_edm_is_the_papers():
+  # Karras et al. 2022, table 1: D(y) = c_skip y + c_out F at noise level s, y = x_t / alpha.
+  x_0, noise, x_t = draw()
+  output, s, data = draw(1)[0], SIGMA / ALPHA, 0.3
+  edm = make_parameterization("edm", data)
+  c_skip, c_out = data**2 / (s**2 + data**2), s * data / np.sqrt(s**2 + data**2)
+  expected = c_skip * x_t / ALPHA + c_out * output
+  np.testing.assert_allclose(
+    edm.predict(x_t, output, ALPHA, SIGMA).x_0, expected, rtol=1e-4, atol=1e-5
+  )
+  # The target has unit variance at every noise level.
+  x_0, noise = np.random.default_rng(0).normal(size=(2, 4, 100_000)).astype("f4")
+  np.testing.assert_allclose(
+    np.std(edm.target(data * x_0, noise, ALPHA, SIGMA), axis=1), 1.0, atol=0.01
+  )
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_error_scale_is_the_ratio_of_the_errors(name):
   x_t, output = np.random.default_rng(4).normal(size=(2, 4, 6)).astype("f4")
@@ -72,3 +102,5 @@ def test_error_scale_is_the_ratio_of_the_errors(name):
 def test_an_unknown_name_is_one_line():
   with pytest.raises(UserError, match="did you mean 'epsilon'"):
     make_parameterization("epsilom")
+  with pytest.raises(UserError, match="sigma_data=0 is not positive"):
+    make_parameterization("edm", 0)

@@ -78,6 +78,17 @@ def test_shifting_scales_the_noise_to_signal_ratio():
   np.testing.assert_allclose(moved / (1 - moved), 3.0 * u / (1 - u), rtol=1e-5)
 
 
-def test_an_unknown_name_is_one_line():
+@pytest.mark.parametrize("spread", [0.5, 1.5])
+def test_spread_is_the_normals_standard_deviation(spread):
+  u = jax.vmap(lambda key: make_density("logit_normal", spread)(key, ROWS))(
+    jax.random.split(jax.random.key(0), BATCHES)
+  )
+  share = jax.scipy.stats.norm.cdf(jax.scipy.special.logit(u) / spread)
+  np.testing.assert_allclose(np.histogram(share, 20, (0, 1))[0] / u.size, 1 / 20, rtol=0.2)
+
+
+def test_bad_input_is_one_line():
   with pytest.raises(UserError, match="did you mean 'stratified'"):
     make_density("stratify")
+  with pytest.raises(UserError, match="density_spread=0 is not positive"):
+    make_density("logit_normal", 0)

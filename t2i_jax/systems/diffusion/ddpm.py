@@ -56,9 +56,10 @@ class DDPM(base.System):
     text: turns captions into conditioning.
     resolution: side of the pictures, in pixels.
     schedule, steps: of the process ("linear" or "cosine").
-    prediction: what the network outputs: "epsilon", "x0" or "v".
+    prediction, sigma_data: what the network outputs: "epsilon", "x0", "v" or "edm"; see
+      `diffusion.parameterization`.
     weighting, weighting_bound: which error the loss measures; see `diffusion.weighting`.
-    density, time_shift: which times are trained; see `diffusion.timesteps`.
+    density, density_spread, time_shift: which times are trained; see `diffusion.timesteps`.
     channels ... dropout: of the `UNet`.
     dtype: type of the computation.
   """
@@ -70,9 +71,11 @@ class DDPM(base.System):
   schedule: str = "linear"
   steps: int = 1000
   prediction: str = "epsilon"
+  sigma_data: float = 0.5
   weighting: str = "epsilon"
   weighting_bound: float = 5.0
   density: str = "uniform"
+  density_spread: float = 1.0
   time_shift: float = 1.0
   channels: int = 128
   multipliers: tuple[int, ...] = (1, 2, 2, 2)
@@ -130,7 +133,7 @@ class DDPM(base.System):
 
   @cached_property
   def parameterization(self):
-    return make_parameterization(self.prediction)
+    return make_parameterization(self.prediction, self.sigma_data)
 
   @cached_property
   def weight(self):
@@ -138,7 +141,7 @@ class DDPM(base.System):
 
   @cached_property
   def times(self):
-    return make_density(self.density)
+    return make_density(self.density, self.density_spread)
 
   @cached_property
   def network(self) -> UNet:
