@@ -15,7 +15,7 @@ from pathlib import Path
 from etils import epath
 
 from t2i_jax import assembly, command, data
-from t2i_jax.evaluate import score
+from t2i_jax.evaluate import score, set_data_options
 from t2i_jax.parallel.mesh import make_mesh
 from t2i_jax.pipeline import Pipeline
 from t2i_jax.restore import restored_variables
@@ -27,6 +27,8 @@ def main() -> None:
   parser.add_argument("--workdir", required=True, type=Path)
   parser.add_argument("--split", default="held_out_combinations")
   parser.add_argument("--pictures", type=int, default=256)
+  parser.add_argument("--data-option", action="append", default=[], metavar="NAME=VALUE",
+                      help="an option of the data set in place of the run's, such as levels=two")
   parser.add_argument("--output", type=Path, help="a JSON file for the figures")
   parser.add_argument("--plot", type=Path, help="an SVG or PNG file for the curve")
   args = parser.parse_args()
@@ -39,6 +41,8 @@ def main() -> None:
   for step in steps:
     config, _, variables, tokenizer = restored_variables(epath.Path(args.workdir), step, ema=True)
     if pipeline is None:
+      with config.unlocked():
+        set_data_options(config, args.data_option)
       pipeline = Pipeline(
         assembly.build_system(config), tokenizer, make_mesh({"data": -1}), config=config
       )

@@ -52,7 +52,7 @@ def _evaluate(flags) -> None:
   pipeline = Pipeline.load(flags.export)
   config = pipeline.config
   with config.unlocked():
-    _set_data_options(config, flags.data_option)
+    set_data_options(config, flags.data_option)
   splits = flags.split or assembly.held_out_splits(config)
   for split in splits:
     if split not in data.splits(config.data.name):
@@ -90,7 +90,8 @@ def _possible(pipeline) -> list[str]:
   return possible
 
 
-def _set_data_options(config, pairs: list[str]) -> None:
+def set_data_options(config, pairs: list[str]) -> None:
+  """Sets options of the config's data set from texts "NAME=VALUE"; UserError for a bad one."""
   from t2i_jax import config as configs
 
   defaults = data.default_options(config.data.name)
