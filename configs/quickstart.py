@@ -28,8 +28,8 @@ def get_config(arg=None):
   arg = parse_arg(arg, size="small", dataset="scenes")
   config = recipe.base("ddpm", arg.dataset)
   config.model.update(
-    schedule="cosine", prediction="x0", weighting="v_bounded", weighting_bound=5.0,
-    density="logit_normal", density_spread=1.5, time_shift=3.0, blocks=1, patch=2, coordinates=3,
+    schedule="cosine", prediction="x0", weighting="v_bounded", weighting_bound=10.0,
+    density="logit_normal", density_spread=1.2, time_shift=2.0, blocks=1, patch=2, coordinates=3,
     **choose("size", arg.size, SIZES),
   )
   config.text.update(width=64, heads=2, pool="flatten")
