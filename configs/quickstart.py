@@ -29,7 +29,7 @@ def get_config(arg=None):
   config = recipe.base("ddpm", arg.dataset)
   config.model.update(
     schedule="cosine", prediction="x0", weighting="v_bounded", weighting_bound=10.0,
-    density="logit_normal", density_spread=1.2, time_shift=2.0, blocks=1, patch=2, coordinates=3,
+    density="logit_normal", density_spread=1.5, time_shift=2.5, blocks=1, patch=2, coordinates=3,
     **choose("size", arg.size, SIZES),
   )
   config.text.update(width=64, heads=2, pool="flatten")
