@@ -13,8 +13,8 @@ def keep_freed_memory() -> bool:
   On the CPU, XLA allocates a step's temporaries afresh at every step. glibc
   returns blocks of their size to the kernel as soon as they are freed, and the
   kernel clears every page before it hands them out again: 14,000 page faults a
-  step of the quickstart. The process's memory then
-  stays at its peak, which the next step needs anyway.
+  step of the quickstart. The process's memory then stays at its peak, which the
+  next step needs anyway.
   """
   if not sys.platform.startswith("linux"):
     return False
