@@ -253,3 +253,15 @@ def test_what_makes_no_system_is_one_line(values, message):
   with pytest.raises(UserError, match=message) as caught:
     dataclasses.replace(SYSTEM, **values)
   assert "\n" not in str(caught.value)
+
+
+def test_sigma_data_and_density_spread_reach_the_mathematics():
+  wide, plain = (
+    dataclasses.replace(
+      SYSTEM, prediction="edm", sigma_data=0.3, density="logit_normal", density_spread=spread
+    )
+    for spread in (2.0, 1.0)
+  )
+  assert wide.parameterization.sigma_data == 0.3
+  logits = [jax.scipy.special.logit(one.times(KEY, 8)) for one in (wide, plain)]
+  np.testing.assert_allclose(logits[0], 2 * logits[1], rtol=1e-3)
