@@ -129,7 +129,7 @@ def _muon(section: Section, params: Any) -> optax.GradientTransformation:
   """https://arxiv.org/abs/2502.16982 for hidden matrices, Adam for everything else.
 
   Hidden matrices are the kernels of dense layers and 2-D convolutions, save those of embeddings
-  and of the output. A convolution's [H, W, in, out] is one matrix [H * W * in, out], as in
+  and of outputs over classes or tokens; what puts out a picture is one of them. A convolution's [H, W, in, out] is one matrix [H * W * in, out], as in
   https://kellerjordan.github.io/posts/muon.
   """
   hidden = jax.tree_util.tree_map_with_path(
