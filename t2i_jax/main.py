@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     "Any key of the config can be set on the command line, as --config.KEY=VALUE. A run that was\n"
     "stopped goes on where it was when the same command is given again.",
     "python -m t2i_jax.main --config=configs/quickstart.py --workdir=runs/quickstart",
-    "python -m t2i_jax.main --config=configs/ddpm.py:size=64,dataset=emoji --workdir=runs/emoji",
+    "python -m t2i_jax.main --config=configs/ddpm.py:size=emoji,dataset=emoji --workdir=runs/emoji",
     "python -m t2i_jax.main --config=configs/ddpm.py:size=tiny --workdir=runs/try "
     "--config.train.duration='100 steps'",
     "python -m t2i_jax.main --config=configs/ddpm.py --show",

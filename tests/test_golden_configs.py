@@ -7,6 +7,7 @@ import difflib
 import functools
 import importlib.util
 import os
+import re
 from pathlib import Path
 
 import flax.linen as nn
@@ -45,6 +46,19 @@ def test_config_is_as_written_down(path, size):
     old.splitlines(True), text.splitlines(True), str(golden.relative_to(ROOT)), "now", n=1
   ))
   assert not difference, f"\n{difference}\nIf this is meant, run with {REGENERATE}=1."
+
+
+WRITTEN = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*"),
+           *ROOT.glob("configs/*.py"), *ROOT.glob("t2i_jax/**/*.py")]
+EXAMPLES = sorted({example for path in WRITTEN if path.suffix in (".md", ".py")
+                   for example in re.findall(r"--config=(configs/[\w.]+(?::[\w=,]+)?)",
+                                             path.read_text())} - {"configs/NAME.py"})
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_configs_named_in_the_documentation_exist(example, monkeypatch):
+  monkeypatch.chdir(ROOT)
+  configs.load_config(example)
 
 
 def test_no_text_is_left_of_a_config_that_is_gone():

@@ -7,6 +7,7 @@ The only module that touches orbax. Layout of a run's checkpoint directory:
 """
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Mapping, Set
 from typing import Any
 
@@ -44,7 +45,7 @@ class Checkpoints:
     Raises:
       UserError: the directory cannot be created, or does not exist and `read_only` is set.
     """
-    self.directory = epath.Path(directory)
+    self.directory = _absolute(directory)
     if read_only and not (self.directory / "state").exists():
       raise UserError(f"no checkpoints in {self.directory}: give the checkpoint directory of a run"
                       " that saved at least once")
@@ -142,6 +143,12 @@ class Checkpoints:
   def _outdated(self, steps: list[int]) -> list[int]:
     return [step for step in steps[:-self._keep_last]
             if not (self._keep_every and step % self._keep_every == 0)]
+
+
+def _absolute(path: str | epath.PathLike) -> epath.Path:
+  """Orbax reads from absolute paths only; those with a scheme, such as `gs://`, are."""
+  path = os.fspath(epath.Path(path))
+  return epath.Path(path if "://" in path else os.path.abspath(path))
 
 
 class _Series:

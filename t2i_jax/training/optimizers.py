@@ -129,8 +129,8 @@ def _muon(section: Section, params: Any) -> optax.GradientTransformation:
   """https://arxiv.org/abs/2502.16982 for hidden matrices, Adam for everything else.
 
   Hidden matrices are the kernels of dense layers and 2-D convolutions, save those of embeddings
-  and of outputs over classes or tokens; what puts out a picture is one of them. A convolution's [H, W, in, out] is one matrix [H * W * in, out], as in
-  https://kellerjordan.github.io/posts/muon.
+  and of outputs over classes or tokens; what puts out a picture is one of them. A convolution's
+  [H, W, in, out] is one matrix [H * W * in, out], as in https://kellerjordan.github.io/posts/muon.
   """
   hidden = jax.tree_util.tree_map_with_path(
     lambda path, leaf: "muon" if _is_hidden_matrix(path, leaf) else "adam", params)

@@ -272,3 +272,16 @@ def test_kill_during_a_save_leaves_a_whole_checkpoint(directory):
       assert checkpoints.meta(step) == {"position": step}
     first = checkpoints.latest_step() + 1
     checkpoints.close()
+
+
+def test_a_relative_directory_is_read_as_it_is_written(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  state = sharded(make_state(), 1)
+  checkpoints = Checkpoints("run/checkpoints")
+  checkpoints.save(3, state, {})
+  checkpoints.close()
+  checkpoints = Checkpoints("run/checkpoints", read_only=True)
+  assert checkpoints.steps() == [3]
+  assert_same(checkpoints.restore(3, abstract(state)), state, state)
+  checkpoints.close()
+  assert (tmp_path / "run" / "checkpoints" / "state" / "3").is_dir()
