@@ -10,8 +10,10 @@ plot needs matplotlib (the extra "plots").
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from etils import epath
 
 from t2i_jax import assembly, command, data
@@ -36,9 +38,9 @@ def main() -> None:
   checkpoints = Checkpoints(epath.Path(args.workdir) / "checkpoints", read_only=True)
   steps = checkpoints.steps()
   checkpoints.close()
-  minutes, pipeline, rows = minutes_by_step(args.workdir), None, []
+  minutes, pipeline, rows = minutes_at(args.workdir, steps), None, []
   print("minutes    step" + "".join(f"{name:>10}" for name in data.ATTRIBUTES))
-  for step in steps:
+  for step, spent in zip(steps, minutes, strict=True):
     config, _, variables, tokenizer = restored_variables(epath.Path(args.workdir), step, ema=True)
     if pipeline is None:
       with config.unlocked():
@@ -49,9 +51,8 @@ def main() -> None:
     pipeline.variables = variables
     options = config.sample.options.to_dict()
     right = score(pipeline, args.split, args.pictures, 0, options)["right"]
-    rows.append({"step": step, "minutes": minutes.get(step), "right": right})
-    spent = f"{minutes[step]:7.1f}" if step in minutes else "      ?"
-    print(f"{spent} {step:7}" + "".join(f"{right[name]:10.1%}" for name in data.ATTRIBUTES),
+    rows.append({"step": step, "minutes": spent, "right": right})
+    print(f"{spent:7.1f} {step:7}" + "".join(f"{right[name]:10.1%}" for name in data.ATTRIBUTES),
           flush=True)
   if args.output:
     args.output.write_text(json.dumps(rows, indent=1) + "\n")
@@ -59,23 +60,21 @@ def main() -> None:
     plot(rows, args.split, args.plot)
 
 
-def minutes_by_step(workdir: Path) -> dict[int, float]:
-  """Minutes of training up to each step that metrics.jsonl has a line of."""
-  minutes, last, spent = {}, 0, 0.0
+def minutes_at(workdir: Path, steps: Sequence[int]) -> list[float]:
+  """Minutes of training up to each step, between the lines of metrics.jsonl by interpolation."""
+  logged, minutes = [0], [0.0]
   for line in (workdir / "metrics.jsonl").read_text().splitlines():
     entry = json.loads(line)
     if "steps_per_second" in entry:
-      spent += (entry["step"] - last) / entry["steps_per_second"] / 60
-      last = entry["step"]
-      minutes[last] = spent
-  return minutes
+      minutes.append(minutes[-1] + (entry["step"] - logged[-1]) / entry["steps_per_second"] / 60)
+      logged.append(entry["step"])
+  return np.interp(steps, logged, minutes).tolist()
 
 
 def plot(rows: list[dict], split: str, path: Path) -> None:
   """Draws the share right in each attribute, and in all, against minutes."""
   from matplotlib.figure import Figure
 
-  rows = [row for row in rows if row["minutes"] is not None]
   axes = (figure := Figure(figsize=(6, 3.5), layout="constrained")).subplots()
   for name in data.ATTRIBUTES:
     axes.plot(
