@@ -34,13 +34,13 @@ class TransformerEncoder(nn.Module):
   @nn.compact
   def __call__(self, ids: Array, mask: Array) -> tuple[Array, Array]:
     """ids int [B, L], mask bool [B, L] -> features [B, L, width], pooled [B, width]."""
-    # As large as what the branches add: which of two words comes first is learned through the
-    # attention, which with embeddings of 0.02 does not come off the ground (docs/learning.md).
+    # With 0.02, small networks trained on captions of two objects never learned which of the two
+    # is where (docs/learning.md).
     init = nn.initializers.normal(1.0)
     x = nn.Embed(self.vocab_size, self.width, embedding_init=init, name="tokens")(ids)
     x = x + self.param("positions", init, (self.length, self.width))[: ids.shape[1]]
     x = x.astype(self.dtype)
-    # The branches start at zero: random ones would blur at the start which token stands where.
+    # Branches that start at zero learn it some hundreds of steps sooner than random ones.
     zeros = nn.initializers.zeros
     for i in range(self.layers):
       y = nn.LayerNorm(dtype=self.dtype, name=f"norm_attention_{i}")(x)

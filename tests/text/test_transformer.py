@@ -99,8 +99,8 @@ def test_gradient_reaches_every_parameter(params, pool):
       assert np.abs(gradient).max() > 1e-5, jax.tree_util.keystr(path)
 
 
-def test_tokens_and_positions_start_as_large_as_a_branch():
-  # With 0.02 the order of two words was never learned (docs/learning.md).
+def test_tokens_and_positions_start_with_unit_variance():
+  # With 0.02, small networks never learned the order of two objects (docs/learning.md).
   wide = TransformerEncoder(vocab_size=64, length=LENGTH, width=128, layers=1, heads=2)
   start = wide.init(jax.random.key(0), IDS, MASK)["params"]
   assert np.std(start["tokens"]["embedding"]) == pytest.approx(1.0, rel=0.05)
