@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from t2i_jax.networks.layers.embeddings import coordinate_channels
 from t2i_jax.networks.layers.group_norm import GroupNorm
-from t2i_jax.networks.unet import ResBlock, SpatialAttention, nearest_upsample, shuffle, unshuffle
+from t2i_jax.networks.unet import ResBlock, SpatialAttention, enlarged, shuffle, unshuffle
 
 Array = jax.Array
 zeros = nn.initializers.zeros
@@ -167,7 +167,7 @@ class Decoder(nn.Module):
     for i in reversed(levels):
       features = self.channels * self.multipliers[i]
       if i != levels[-1]:
-        x = nearest_upsample(x)
+        x = enlarged(x, 2 * x.shape[1], 2 * x.shape[2])
       x = with_coordinates(x, self.coordinates)
       x = nn.Conv(features, (3, 3), dtype=self.dtype, name=f"up_{i}")(x)
       for j in range(self.blocks):

@@ -149,6 +149,7 @@ class UNet(nn.Module):
     context: Array | None = None,
     mask: Array | None = None,
     pooled: Array | None = None,
+    layout: Array | None = None,
     train: bool = False,
   ) -> Array:
     """Prediction from noised pictures.
@@ -159,6 +160,8 @@ class UNet(nn.Module):
       context: [B, L, D] text features for cross-attention.
       mask: bool [B, L].
       pooled: [B, P] text vector, added to the time embedding.
+      layout: [B, S, S, F] features of a coarse grid, put beside the picture; S
+        divides H / patch and W / patch.
       train: whether dropout is on (needs the `dropout` rng).
 
     Returns:
@@ -184,6 +187,8 @@ class UNet(nn.Module):
     if self.coordinates:
       places = jnp.asarray(coordinate_channels(*h.shape[1:3], self.coordinates), self.dtype)
       h = jnp.concatenate([h, jnp.broadcast_to(places, (*h.shape[:3], places.shape[-1]))], -1)
+    if layout is not None:
+      h = jnp.concatenate([h, enlarged(layout.astype(self.dtype), *h.shape[1:3])], axis=-1)
     h = conv(self.channels, "conv_in")(h)
     skips = [h]
     for i in range(len(self.multipliers)):
@@ -198,7 +203,7 @@ class UNet(nn.Module):
       for j in range(self.blocks + 1):
         h = level(jnp.concatenate([h, skips.pop()], axis=-1), i, f"up_{i}_{j}")
       if i > 0:
-        h = conv(h.shape[-1], f"up_{i}_sample")(nearest_upsample(h))
+        h = conv(h.shape[-1], f"up_{i}_sample")(enlarged(h, 2 * h.shape[1], 2 * h.shape[2]))
     # In float32 to the end: bfloat16 near 1 is coarser than a picture's 8 bits are fine.
     h = nn.silu(GroupNorm(self.groups, dtype=jnp.float32, name="norm_out")(h))
     h = nn.Conv(out_channels * self.patch**2, (3, 3), kernel_init=zeros, name="conv_out")(h)
@@ -242,8 +247,9 @@ def shuffle(x: Array, patch: int) -> Array:
   return x.reshape(b, h * patch, w * patch, c)
 
 
-def nearest_upsample(x: Array) -> Array:
-  """Every pixel twice in both directions, [B, H, W, C] -> [B, 2H, 2W, C]."""
+def enlarged(x: Array, height: int, width: int) -> Array:
+  """Every pixel repeated, [B, h, w, C] -> [B, height, width, C], which are multiples of h and w."""
   b, h, w, c = x.shape
-  x = jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c))
-  return x.reshape(b, 2 * h, 2 * w, c)
+  rows, columns = height // h, width // w
+  x = jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, rows, w, columns, c))
+  return x.reshape(b, height, width, c)

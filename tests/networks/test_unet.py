@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t2i_jax.networks.unet import ResBlock, UNet, nearest_upsample, shuffle, unshuffle
+from t2i_jax.networks.unet import ResBlock, UNet, enlarged, shuffle, unshuffle
 
 TINY = dict(
   channels=16, multipliers=(1, 2), blocks=1, attention_levels=(), head_channels=16, groups=8,
@@ -212,6 +212,6 @@ def test_shuffle_inverts_unshuffle(patch):
   np.testing.assert_array_equal(shuffle(patches, patch), x)
 
 
-def test_nearest_upsample_doubles_each_pixel():
+def test_enlarged_repeats_each_pixel():
   x = np.arange(2 * 3 * 2 * 4).reshape(2, 3, 2, 4)
-  np.testing.assert_array_equal(nearest_upsample(jnp.asarray(x)), x.repeat(2, 1).repeat(2, 2))
+  np.testing.assert_array_equal(enlarged(jnp.asarray(x), 6, 8), x.repeat(2, 1).repeat(4, 2))

@@ -234,9 +234,39 @@ def test_a_frozen_text_encoder_travels_in_the_export():
   assert system.ema_groups == system.players[0].trains == ("denoiser",)
 
 
+def test_a_draft_is_trained_by_its_own_error_and_read_by_the_denoiser():
+  system, batch = dataclasses.replace(SYSTEM, draft=2), make_batch(8)
+  shapes = jax.eval_shape(system.init, KEY, batch)
+  assert set(shapes["params"]) == {"text_encoder", "draft", "denoiser"}
+  assert set(system.players[0].trains) == set(system.ema_groups) == set(shapes["params"])
+  random = np.random.default_rng(0)
+  variables = jax.tree.map(
+    lambda x: jnp.asarray(0.3 * random.normal(size=x.shape), x.dtype), shapes
+  )
+  gradient, aux = jax.jit(system.players[0].gradients)(variables, batch, KEY, jnp.int32(0))
+  loss, draft = aux.metrics["loss"], aux.metrics["draft"]
+  # `loss` is the denoiser's alone, to be compared with a run that has no draft.
+  np.testing.assert_allclose(system.loss(variables, batch, KEY, 0)[0], loss + draft, rtol=1e-5)
+  assert draft > 0 and np.any(gradient["draft"]["picture"]["kernel"])
+
+  evaluate = jax.jit(system.evaluation_loss)
+  before = evaluate(variables, batch, KEY)["loss"]
+  changed = jax.tree.map(jnp.zeros_like, variables["params"]["draft"])
+  after = evaluate(base.with_params(variables, {"draft": changed}), batch, KEY)["loss"]
+  assert np.all(np.abs(after / before - 1) > 1e-6)
+  given = jax.jit(system.condition)(variables, batch)
+  assert given.extra["layout"].shape[:3] == given.null.extra["layout"].shape[:3] == (8, 2, 2)
+  # The empty caption has a draft too, the same for all.
+  np.testing.assert_array_equal(given.null.extra["layout"][0], given.null.extra["layout"][1])
+  keys = base.picture_keys(0, jnp.arange(8))
+  assert system.sample(variables, given, keys, Options(steps=1)).shape == (8, 8, 8, 3)
+
+
 @pytest.mark.parametrize(
   "values, message",
   [
+    ({"draft": 3}, "model.draft=3 does not divide 4"),
+    ({"draft": -2}, "model.draft=-2"),
     ({"schedule": "cosin"}, "did you mean 'cosine'"),
     ({"prediction": "eps"}, "unknown diffusion prediction"),
     ({"weighting": "snr"}, "unknown diffusion weighting"),

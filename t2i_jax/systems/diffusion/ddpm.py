@@ -19,12 +19,14 @@ from t2i_jax.diffusion.process import expand, make_process
 from t2i_jax.diffusion.timesteps import discrete, make_density, shifted
 from t2i_jax.diffusion.weighting import make_weighting
 from t2i_jax.errors import UserError
+from t2i_jax.networks.draft import Draft, shrunk
 from t2i_jax.networks.unet import UNet
 from t2i_jax.systems import base
 from t2i_jax.systems.base import Array, Aux, Batch, Conditioning, Field, Player, Variables
 from t2i_jax.systems.conditioning import TextConditioner
 
 DENOISER = "denoiser"
+DRAFT = "draft"
 
 
 @struct.dataclass
@@ -59,6 +61,8 @@ class DDPM(base.System):
     prediction, sigma_data: what the network outputs: "epsilon", "x0", "v" or "edm"; see
       `diffusion.parameterization`.
     weighting, weighting_bound: which error the loss measures; see `diffusion.weighting`.
+    draft: side of the coarse picture that is predicted from the text alone, with a squared
+      error of its own, and whose features the U-Net gets (`networks.draft`); 0 for none.
     density, density_spread, time_shift: which times are trained; see `diffusion.timesteps`.
     channels ... dropout: of the `UNet`.
     dtype: type of the computation.
@@ -77,6 +81,7 @@ class DDPM(base.System):
   density: str = "uniform"
   density_spread: float = 1.0
   time_shift: float = 1.0
+  draft: int = 0
   channels: int = 128
   multipliers: tuple[int, ...] = (1, 2, 2, 2)
   blocks: int = 2
@@ -108,6 +113,11 @@ class DDPM(base.System):
           f"model.groups={self.groups} does not divide the {self.channels * multiplier} channels "
           "of a level; change one of them"
         )
+    if self.draft < 0 or (self.draft and self.resolution // self.patch % self.draft):
+      raise UserError(
+        f"model.draft={self.draft} does not divide {self.resolution // self.patch} "
+        "(model.resolution / model.patch); change it, or set 0 for no draft"
+      )
     for level in self.attention_levels:
       if not 0 <= level < len(self.multipliers):
         raise UserError(
@@ -148,13 +158,17 @@ class DDPM(base.System):
     names = {field.name for field in dataclasses.fields(UNet)} - {"parent", "name"}
     return UNet(**{name: getattr(self, name) for name in names})
 
+  @cached_property
+  def drafter(self) -> Draft:
+    return Draft(self.draft, dtype=self.dtype)
+
   @property
   def players(self) -> tuple[Player, ...]:
-    return (Player("denoiser", (*self.text.groups, DENOISER), self.loss),)
+    return (Player("denoiser", self.ema_groups, self.loss),)
 
   @property
   def ema_groups(self) -> tuple[str, ...]:
-    return (*self.text.groups, DENOISER)
+    return (*self.text.groups, *((DRAFT,) if self.draft else ()), DENOISER)
 
   @property
   def frozen_groups(self) -> tuple[str, ...]:
@@ -170,21 +184,31 @@ class DDPM(base.System):
     text = self.text.init(base.fold_name(rng, "text_encoder"), batch)
     x = base.normalize_images(batch["image"])
     given = self.text(base.merge(text, frozen), batch)
+    drafted, layout = {}, None
+    if self.draft:
+      (layout, _), draft = self.drafter.init_with_output(
+        base.fold_name(rng, DRAFT), given.sequence, given.mask
+      )
+      drafted = base.as_group(DRAFT, draft)
     denoiser = self.network.init(
       base.fold_name(rng, DENOISER), x, jnp.zeros(len(x), jnp.int32),
-      given.sequence, given.mask, given.pooled,
+      given.sequence, given.mask, given.pooled, layout,
     )
-    return base.merge(text, base.as_group(DENOISER, denoiser))
+    return base.merge(text, drafted, base.as_group(DENOISER, denoiser))
 
   def loss(self, variables: Variables, batch: Batch, rng: Array, step: Array):
     """The weighted error of Ho et al. 2020, algorithm 1, averaged over the batch."""
-    given = self.text(variables, batch, rng)
-    errors = self._errors(variables, batch, given, rng, train=True)
-    return jnp.mean(errors), Aux()
+    given, drafted = self._drafted(variables, self.text(variables, batch, rng))
+    loss = jnp.mean(self._errors(variables, batch, given, rng, train=True))
+    if drafted is None:
+      return loss, Aux()
+    x_0 = base.normalize_images(batch["image"])
+    draft = jnp.mean(jnp.square(drafted - shrunk(x_0, self.draft)))
+    return loss + draft, Aux({"loss": loss, "draft": draft})
 
   def evaluation_loss(self, variables: Variables, batch: Batch, rng: Array) -> dict[str, Array]:
     """The training error of each example [B], without dropout of captions or units."""
-    given = self.text(variables, batch)
+    given, _ = self._drafted(variables, self.text(variables, batch))
     return {"loss": self._errors(variables, batch, given, rng, train=False)}
 
   def _errors(self, variables, batch, given: Conditioning, rng, train: bool) -> Array:
@@ -202,13 +226,30 @@ class DDPM(base.System):
     weight = self.weight(expand(self.process.snr(t), x_0.ndim)) / scale**2
     return jnp.mean(weight * jnp.square(output - target), axis=(1, 2, 3))
 
+  def _drafted(self, variables, given: Conditioning) -> tuple[Conditioning, Array | None]:
+    """Conditioning with the draft's features, and the draft, if there is one."""
+    if not self.draft:
+      return given, None
+    if given.sequence is None:
+      raise UserError(
+        f"model.draft={self.draft} reads features of the tokens, of which this text encoder has "
+        "none; set model.draft=0"
+      )
+    layout, picture = self.drafter.apply(
+      base.group(variables, DRAFT), given.sequence, given.mask
+    )
+    return given.replace(extra={**given.extra, "layout": layout}), picture
+
   def _network(self, variables, x, t, given: Conditioning, **kwargs) -> Array:
     return self.network.apply(
-      base.group(variables, DENOISER), x, t, given.sequence, given.mask, given.pooled, **kwargs
+      base.group(variables, DENOISER), x, t, given.sequence, given.mask, given.pooled,
+      given.extra.get("layout"), **kwargs,
     )
 
   def condition(self, variables: Variables, batch: Batch) -> Conditioning:
-    return self.text.with_null(variables, batch)
+    given = self.text.with_null(variables, batch)
+    null, _ = self._drafted(variables, given.null)
+    return self._drafted(variables, given)[0].replace(null=null)
 
   def sample(
     self, variables: Variables, conditioning: Conditioning, keys: Array, options: Options
