@@ -7,12 +7,15 @@
 Arguments:
   size: "small" (32 px, for two CPU cores, the default); "emoji" (64 px, the
     same); "cifar10" (32 px) and "lsun" (256 px), the published networks of Ho et
-    al. 2020, appendix B, with cross-attention to the text; "tiny", for tests.
+    al. 2020, appendix B, with cross-attention to the text and a draft of the
+    picture that is made of the text alone (docs/learning.md; none with
+    `--config.model.draft=0`); "tiny", for tests.
   dataset: "scenes" (one object), "scenes_two", "scenes_all", "emoji", "folder".
 
 Papers: Ho, Jain and Abbeel 2020 (Denoising Diffusion Probabilistic Models); Ho
 and Salimans 2022 (Classifier-Free Diffusion Guidance); Nichol and Dhariwal 2021
-(the cosine schedule, `--config.model.schedule=cosine`).
+(the cosine schedule, `--config.model.schedule=cosine`); Hang et al. 2023 (min-SNR
+weighting, of the sizes for a CPU).
 """
 
 from t2i_jax import recipe
@@ -21,12 +24,14 @@ from t2i_jax.config import choose, parse_arg
 # The networks of Ho et al. 2020, appendix B.
 PUBLISHED = dict(
   channels=128, blocks=2, head_channels=64, groups=32, patch=1, coordinates=0, scale_shift=False,
+  draft=8,
 )
 # Small pictures on a CPU: no level at full resolution, and coordinates, without
-# which convolutions under global conditioning place things at chance.
+# which convolutions under global conditioning place things at chance. Most of the plain error of
+# the noise is of almost clean pictures, where the text decides nothing: min-SNR takes that down.
 LAPTOP = dict(
   channels=48, multipliers=(1, 1, 1), attention_levels=(2,), blocks=1, head_channels=48,
-  groups=8, patch=2, coordinates=3, schedule="cosine",
+  groups=8, patch=2, coordinates=3, draft=8, weighting="min_snr",
 )
 SIZES = {
   "small": dict(LAPTOP, resolution=32),
@@ -35,7 +40,7 @@ SIZES = {
                   dropout=0.1),
   "lsun": dict(PUBLISHED, resolution=256, multipliers=(1, 1, 2, 2, 4, 4), attention_levels=(4,)),
   "tiny": dict(LAPTOP, resolution=16, channels=16, multipliers=(1, 2), attention_levels=(1,),
-               head_channels=16, steps=50),
+               head_channels=16, steps=50, draft=4),
 }
 
 
@@ -55,7 +60,7 @@ def get_config(arg=None):
   config.train.update(duration="4700 steps", batch_size=16)
   config.optimizer.update(
     name="muon", learning_rate=3e-3, b2=0.99, weight_decay=0.01, schedule="cosine",
-    warmup="50 steps",
+    warmup="50 steps", multipliers=recipe.SLOW_TEXT,
   )
   config.ema.decay = 0.999
   config.sample.options.update(steps=25)

@@ -14,6 +14,10 @@ DATASETS = {
   "folder": ({}, {"length": 64, "vocab_size": 8192}),
 }
 
+# For `optimizer.multipliers`, beside a rate of 3e-3: which of two objects is where is learned from
+# the text at 1e-3 and not at all at 3e-3, which the denoiser needs for shapes (docs/learning.md).
+SLOW_TEXT = ((r"^(text_encoder|draft)/", 0.33),)
+
 
 def base(system: str, dataset: str) -> ConfigDict:
   """All sections of a system's config on a data set, locked; values may be changed."""
