@@ -19,7 +19,8 @@ from t2i_jax.systems.base import Array, Batch, Conditioning, Variables
 from t2i_jax.text.tokenizer import null_text
 
 GROUP = "text_encoder"
-ENCODERS = ("transformer", "lstm", "component", "precomputed")
+TRAINED = ("transformer", "lstm", "bilstm")
+ENCODERS = (*TRAINED, "component", "precomputed")
 POOLS = ("mean", "flatten")
 
 
@@ -28,7 +29,7 @@ class TextConditioner:
   """Text to conditioning, with caption dropout for classifier-free guidance.
 
   Attributes:
-    encoder: "transformer" or "lstm", trained with the system; "component", the
+    encoder: "transformer", "lstm" or "bilstm", trained with the system; "component", the
       frozen system of `config.components.text_encoder`; "precomputed", features
       that the data set brings as `text_embedding`.
     length, vocab_size: of the tokenizer.
@@ -70,7 +71,7 @@ class TextConditioner:
   @property
   def groups(self) -> tuple[str, ...]:
     """The group that a player must train, if the encoder is trained."""
-    return (GROUP,) if self.encoder in ("transformer", "lstm") else ()
+    return (GROUP,) if self.encoder in TRAINED else ()
 
   @property
   def frozen_groups(self) -> tuple[str, ...]:
@@ -80,10 +81,12 @@ class TextConditioner:
   @property
   def network(self) -> nn.Module:
     """The trained encoder's network: ids, mask -> features [B, L, D], pooled [B, P]."""
-    if self.encoder == "lstm":
+    if self.encoder in ("lstm", "bilstm"):
       from t2i_jax.text.lstm import LSTMEncoder
 
-      return LSTMEncoder(self.vocab_size, self.width, dtype=self.dtype)
+      return LSTMEncoder(
+        self.vocab_size, self.width, self.encoder == "bilstm", self.dtype
+      )
     from t2i_jax.text.transformer import TransformerEncoder
 
     return TransformerEncoder(

@@ -1,4 +1,4 @@
-"""An LSTM text encoder, trained with the model that it feeds."""
+"""An LSTM text encoder, in one direction or both, trained with the model that it feeds."""
 
 import flax.linen as nn
 import jax
@@ -18,25 +18,43 @@ class LSTMEncoder(nn.Module):
   Attributes:
     vocab_size: of the tokenizer.
     width: of the embeddings and of the state.
+    bidirectional: half of the state reads the caption from its start, half from
+      its end (Schuster and Paliwal 1997), as AttnGAN's encoder (Xu et al. 2018,
+      section 3.1.1). What a caption begins with is then not forgotten.
     dtype: type of the computation; the cell state is kept in float32.
   """
 
   vocab_size: int
   width: int = 128
+  bidirectional: bool = False
   dtype: jnp.dtype = jnp.float32
 
   @nn.compact
   def __call__(self, ids: Array, mask: Array) -> tuple[Array, Array]:
     """ids int [B, L], mask bool [B, L] -> states [B, L, width], last state [B, width].
 
+    The last state of the half that reads backwards is that at the first token.
     States at masked positions are zero, and so is the last state of a row
     without any valid token.
     """
-    x = nn.Embed(self.vocab_size, self.width, name="tokens")(ids).astype(self.dtype)
+    # Unit variance, as for the transformer: with less, words that matter little at first are lost.
+    embed = nn.Embed(
+      self.vocab_size, self.width, embedding_init=nn.initializers.normal(1.0), name="tokens"
+    )
+    x = embed(ids).astype(self.dtype)
+    if not self.bidirectional:
+      return self._read(x, mask, self.width)
+    half = self.width // 2
+    parts = self._read(x, mask, half), self._read(x, mask, self.width - half, "_reverse")
+    states, last = zip(*parts, strict=True)
+    return jnp.concatenate(states, axis=-1), jnp.concatenate(last, axis=-1)
+
+  def _read(self, x: Array, mask: Array, width: int, suffix: str = "") -> tuple[Array, Array]:
+    """One direction; with the suffix `_reverse` from the end to the start."""
     # The inputs' share of the gates does not depend on the state: one product for all tokens.
-    gates = nn.Dense(4 * self.width, dtype=self.dtype, bias_init=_forget_one, name="input")(x)
+    gates = nn.Dense(4 * width, dtype=self.dtype, bias_init=_forget_one, name=f"input{suffix}")(x)
     recurrent = self.param(
-      "recurrent", nn.initializers.orthogonal(), (self.width, 4 * self.width)
+      f"recurrent{suffix}", nn.initializers.orthogonal(), (width, 4 * width)
     ).astype(self.dtype)
 
     def step(carry: tuple[Array, Array], token: tuple[Array, Array]):
@@ -49,9 +67,10 @@ class LSTMEncoder(nn.Module):
       carry = jnp.where(valid, new_hidden, hidden), jnp.where(valid, new_cell, cell)
       return carry, jnp.where(valid, new_hidden, 0)
 
-    start = jnp.zeros((len(ids), self.width))
+    start = jnp.zeros((len(x), width))
     (last, _), states = jax.lax.scan(
-      step, (start.astype(self.dtype), start), (gates.swapaxes(0, 1), mask.T)
+      step, (start.astype(self.dtype), start), (gates.swapaxes(0, 1), mask.T),
+      reverse=bool(suffix),
     )
     return states.swapaxes(0, 1), last
 

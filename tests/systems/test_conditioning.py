@@ -59,7 +59,9 @@ def make(encoder, drop=0.3):
   return conditioner, variables, captions()
 
 
-@pytest.fixture(scope="module", params=["transformer", "lstm", "component", "precomputed"])
+@pytest.fixture(
+  scope="module", params=["transformer", "lstm", "bilstm", "component", "precomputed"]
+)
 def encoded(request):
   """What training and sampling see of one batch."""
   conditioner, variables, batch = make(request.param)
@@ -129,8 +131,8 @@ def test_a_component_is_encoded_by_its_own_variables_and_null():
 
 def test_only_a_trained_encoder_has_variables_and_only_a_component_is_frozen():
   for encoder, trained, frozen in [
-    ("transformer", (GROUP,), ()), ("lstm", (GROUP,), ()), ("component", (), (GROUP,)),
-    ("precomputed", (), ()),
+    ("transformer", (GROUP,), ()), ("lstm", (GROUP,), ()), ("bilstm", (GROUP,), ()),
+    ("component", (), (GROUP,)), ("precomputed", (), ()),
   ]:  # fmt: skip
     conditioner, _, batch = make(encoder)
     assert (conditioner.groups, conditioner.frozen_groups) == (trained, frozen)

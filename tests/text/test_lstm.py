@@ -70,3 +70,29 @@ def test_a_caption_without_tokens_has_a_zero_state(variables):
 def test_forget_gate_starts_open(variables):
   bias = variables["params"]["input"]["bias"].reshape(4, 6)
   np.testing.assert_array_equal(bias, np.array([0, 1, 0, 0])[:, None] * np.ones(6))
+
+
+def test_both_directions_are_two_readers_side_by_side():
+  ids, mask = caption(5, 2)
+  network = LSTMEncoder(vocab_size=20, width=6, bidirectional=True)
+  variables = network.init(jax.random.key(1), ids, mask)
+  states, last = network.apply(variables, ids, mask)
+  params = variables["params"]
+  assert params["recurrent"].shape == params["recurrent_reverse"].shape == (3, 12)
+
+  def one_way(suffix, ids):
+    x = params["tokens"]["embedding"][ids] @ params[f"input{suffix}"]["kernel"]
+    hidden = cell = np.zeros(3)
+    for given in x + params[f"input{suffix}"]["bias"]:
+      i, f, g, o = np.split(given + hidden @ params[f"recurrent{suffix}"], 4)
+      cell = sigmoid(f) * cell + sigmoid(i) * np.tanh(g)
+      hidden = sigmoid(o) * np.tanh(cell)
+    return hidden
+
+  for row, length in enumerate((5, 2)):
+    valid = ids[row, :length]
+    expected = np.concatenate([one_way("", valid), one_way("_reverse", valid[::-1])])
+    np.testing.assert_allclose(last[row], expected, atol=1e-5)
+    np.testing.assert_allclose(states[row, length - 1, :3], expected[:3], atol=1e-5)
+    np.testing.assert_allclose(states[row, 0, 3:], expected[3:], atol=1e-5)
+    assert not np.any(states[row, length:])
