@@ -114,8 +114,8 @@ def command(name, *arguments, code=None, devices=1, **environment):
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
 
 
-def finish(process, status=0):
+def finish(process, status=0, minutes=10):
   """What a process wrote to stderr, once it has ended with this status."""
-  _, errors = process.communicate(timeout=600)
+  _, errors = process.communicate(timeout=60 * minutes)
   assert process.returncode == status, errors[-3000:]
   return errors

@@ -10,50 +10,79 @@ Array = jax.Array
 xavier = nn.initializers.xavier_uniform()
 
 
-def attend(query: Array, key: Array, value: Array, mask: Array | None = None) -> Array:
+def attend(
+  query: Array,
+  key: Array,
+  value: Array,
+  mask: Array | None = None,
+  bias: Array | None = None,
+  scale: float | None = None,
+) -> Array:
   """Scaled dot-product attention.
 
   Args:
     query: [B, T, H, D].
     key, value: [B, S, H, D].
     mask: bool, broadcastable to [B, H, T, S]; True where attention is allowed.
+    bias: added to the scores, broadcastable to [B, H, T, S].
+    scale: of the scores; 1 / sqrt(D) if None.
 
   Returns:
     [B, T, H, D]. The softmax is computed in float32 whatever the inputs are.
   """
-  return jax.nn.dot_product_attention(query, key, value, mask=mask)
+  return jax.nn.dot_product_attention(query, key, value, bias, mask, scale=scale)
 
 
 class MultiHeadAttention(nn.Module):
   """Self-attention, or cross-attention to `context` (Vaswani et al. 2017, 3.2).
 
   Attributes:
-    heads: number of heads; must divide the width of `x`.
+    heads: number of heads; must divide the width of `x` where no size is given.
     zero_output: start the output projection at zero, so that a residual
       branch begins as the identity.
     dtype: type of the computation.
+    head_size: units of a head; the width of `x` over their number if None.
+    input_bias, output_bias: whether the projections have biases.
+    scale: of the scores; 1 / sqrt(units of a head) if None.
   """
 
   heads: int
   zero_output: bool = False
   dtype: jnp.dtype = jnp.float32
+  head_size: int | None = None
+  input_bias: bool = True
+  output_bias: bool = True
+  scale: float | None = None
 
   @nn.compact
   def __call__(
-    self, x: Array, context: Array | None = None, mask: Array | None = None
+    self,
+    x: Array,
+    context: Array | None = None,
+    mask: Array | None = None,
+    bias: Array | None = None,
   ) -> Array:
-    """x [B, T, C], context [B, S, D], mask bool [B, S] -> [B, T, C]."""
-    width = x.shape[-1]
+    """x [B, T, C], context [B, S, D], mask bool [B, S] -> [B, T, C].
+
+    A mask of four axes is of pairs, broadcastable to [B, H, T, S], as is `bias`, which is added to
+    the scores.
+    """
+    width, size = x.shape[-1], self.head_size or x.shape[-1] // self.heads
     context = x if context is None else context
-    split = lambda y: y.reshape(*y.shape[:2], self.heads, width // self.heads)  # noqa: E731
+    split = lambda y: y.reshape(*y.shape[:2], self.heads, size)  # noqa: E731
     project = lambda name, y: split(  # noqa: E731
-      nn.Dense(width, dtype=self.dtype, kernel_init=xavier, name=name)(y)
+      nn.Dense(
+        self.heads * size, self.input_bias, dtype=self.dtype, kernel_init=xavier, name=name
+      )(y)
     )
     query = logical(project("query", x), "batch", "length", "heads", None)
     key = logical(project("key", context), "batch", None, "heads", None)
     value = logical(project("value", context), "batch", None, "heads", None)
-    if mask is not None:
+    if mask is not None and mask.ndim == 2:
       mask = mask[:, None, None, :]
-    out = attend(query, key, value, mask).reshape(x.shape)
+    out = attend(query, key, value, mask, bias, self.scale)
+    out = out.reshape(*x.shape[:2], self.heads * size)
     init = nn.initializers.zeros if self.zero_output else xavier
-    return nn.Dense(width, dtype=self.dtype, kernel_init=init, name="out")(out)
+    return nn.Dense(
+      width, self.output_bias, dtype=self.dtype, kernel_init=init, name="out"
+    )(out)

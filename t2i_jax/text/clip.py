@@ -1,0 +1,288 @@
+"""CLIP: two towers (Radford et al. 2021, section 2.4), as OpenAI and OpenCLIP trained them."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from t2i_jax.errors import UserError
+from t2i_jax.networks.layers.attention import MultiHeadAttention
+
+Array = jax.Array
+normal = nn.initializers.normal(0.02)
+
+
+def quick_gelu(x: Array) -> Array:
+  """The sigmoid approximation of GELU that OpenAI's models were trained with."""
+  return x * nn.sigmoid(1.702 * x)
+
+
+# transformers' names of activations.
+ACTIVATIONS = {
+  "quick_gelu": quick_gelu,
+  "gelu": lambda x: nn.gelu(x, approximate=False),
+  "gelu_new": lambda x: nn.gelu(x, approximate=True),
+  "relu": nn.relu,
+}
+EPSILON = 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class TowerConfig:
+  """Sizes of one tower, by transformers' names in comments.
+
+  Attributes:
+    width: hidden_size.
+    layers: num_hidden_layers.
+    heads: num_attention_heads.
+    mlp: intermediate_size.
+    activation: hidden_act.
+    projection: projection_dim, the size of the space that both towers share.
+  """
+
+  width: int
+  layers: int
+  heads: int
+  mlp: int
+  activation: str = "quick_gelu"
+  projection: int = 512
+
+  @classmethod
+  def read(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that every tower has, of transformers' config."""
+    names = {"width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
+             "mlp": "intermediate_size", "activation": "hidden_act", "projection": "projection_dim"}
+    fields = {ours: given[theirs] for ours, theirs in names.items() if theirs in given}
+    if fields.get("activation", "gelu") not in ACTIVATIONS:
+      raise UserError(f"CLIP with hidden_act='{fields['activation']}' is not known; one of "
+                      f"{', '.join(ACTIVATIONS)}")
+    return fields
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig(TowerConfig):
+  """The text tower.
+
+  Attributes:
+    vocab_size, length: of the tokenizer.
+    end: id of the end-of-text token, whose first occurrence gives the pooled vector.
+  """
+
+  vocab_size: int = 49408
+  length: int = 77
+  end: int = 49407
+
+  @classmethod
+  def from_transformers(cls, given: Mapping[str, Any]) -> "TextConfig":
+    """Of `text_config` of a CLIPConfig, or of a CLIPTextConfig, as a dict."""
+    end = given.get("eos_token_id", 49407)
+    vocab = given.get("vocab_size", 49408)
+    # Configs from before transformers 4.31 say 2, which is not the id that the tokenizer gives.
+    return cls(
+      **cls.read({"hidden_size": 512, "num_hidden_layers": 12, "num_attention_heads": 8,
+                  "intermediate_size": 2048, "hidden_act": "quick_gelu", **given}),
+      vocab_size=vocab, length=given.get("max_position_embeddings", 77),
+      end=vocab - 1 if end == 2 else end,
+    )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig(TowerConfig):
+  """The vision tower.
+
+  Attributes:
+    resolution: side of the pictures, image_size.
+    patch: side of a patch, patch_size.
+  """
+
+  resolution: int = 224
+  patch: int = 32
+
+  @classmethod
+  def from_transformers(cls, given: Mapping[str, Any]) -> "VisionConfig":
+    """Of `vision_config` of a CLIPConfig, or of a CLIPVisionConfig, as a dict."""
+    return cls(
+      **cls.read({"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
+                  "intermediate_size": 3072, "hidden_act": "quick_gelu", **given}),
+      resolution=given.get("image_size", 224), patch=given.get("patch_size", 32),
+    )  # fmt: skip
+
+
+# Published sizes: the text towers of Stable Diffusion 1 (OpenAI's L), 2 (OpenCLIP's H, of which it
+# runs all layers but the last) and XL (L and OpenCLIP's bigG).
+TEXT = {
+  "B": TextConfig(512, 12, 8, 2048),
+  "L": TextConfig(768, 12, 12, 3072, projection=768),
+  "H": TextConfig(1024, 24, 16, 4096, "gelu", 1024),
+  "bigG": TextConfig(1280, 32, 20, 5120, "gelu", 1280),
+}
+VISION = {
+  "B/32": VisionConfig(768, 12, 12, 3072),
+  "B/16": VisionConfig(768, 12, 12, 3072, patch=16),
+  "L/14": VisionConfig(1024, 24, 16, 4096, projection=768, patch=14),
+  "H/14": VisionConfig(1280, 32, 16, 5120, "gelu", 1024, patch=14),
+  "bigG/14": VisionConfig(1664, 48, 16, 8192, "gelu", 1280, patch=14),
+}
+
+
+class Layer(nn.Module):
+  """A pre-norm transformer layer.
+
+  Attributes:
+    config: sizes.
+    dtype: type of the computation.
+  """
+
+  config: TowerConfig
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Array, mask: Array | None = None) -> Array:
+    """x [B, L, width], mask bool, broadcastable to [B, H, L, L] -> [B, L, width]."""
+    config = self.config
+    y = nn.LayerNorm(EPSILON, dtype=self.dtype, name="norm_attention")(x)
+    x = x + MultiHeadAttention(config.heads, dtype=self.dtype, name="attention")(y, mask=mask)
+    y = nn.LayerNorm(EPSILON, dtype=self.dtype, name="norm_mlp")(x)
+    y = ACTIVATIONS[config.activation](nn.Dense(config.mlp, dtype=self.dtype, name="mlp_in")(y))
+    return x + nn.Dense(config.width, dtype=self.dtype, name="mlp_out")(y)
+
+
+class CLIPText(nn.Module):
+  """The text tower: a causal transformer.
+
+  Attributes:
+    config: sizes.
+    layer: whose output is the sequence, counted as transformers' `hidden_states`: 0 are the
+      embeddings, -1 the last layer, -2 the one before it. Layers above it are not run unless the
+      pooled vector is wanted.
+    final_norm: whether the sequence passes the norm behind the last layer: Stable Diffusion 1 and 2
+      want it, SDXL and SD3 do not.
+    pool: whether the pooled vector is computed, always of the last layer.
+    project: whether there is a projection of it to the space shared with pictures.
+    dtype: type of the computation; norms' statistics and the softmax are float32.
+  """
+
+  config: TextConfig
+  layer: int = -1
+  final_norm: bool = True
+  pool: bool = True
+  project: bool = True
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, ids: Array, mask: Array | None = None) -> tuple[Array, Array | None]:
+    """ids int [B, L], mask bool [B, L] -> sequence [B, L, width], pooled [B, P].
+
+    `mask` is of tokens that may be attended to; None, as in Stable Diffusion, attends to padding.
+    Pooled is of the first end-of-text token, or the last one of a row without any; its size is
+    `config.projection` with a projection and `width` without, and it is None unless `pool`.
+    """
+    config = self.config
+    chosen = self.layer % (config.layers + 1)
+    if not -config.layers - 1 <= self.layer <= config.layers:
+      raise UserError(f"CLIP's text encoder has {config.layers} layers; there is no {self.layer}")
+    x = nn.Embed(config.vocab_size, config.width, embedding_init=normal, name="tokens")(ids)
+    x = x + self.param("positions", normal, (config.length, config.width))[: ids.shape[1]]
+    x = x.astype(self.dtype)
+    allowed = jnp.tril(jnp.ones((ids.shape[1],) * 2, bool))[None, None]
+    if mask is not None:
+      allowed = allowed & mask[:, None, None, :]
+    sequence = x
+    for i in range(config.layers if self.pool else chosen):
+      x = Layer(config, self.dtype, name=f"layers_{i}")(x, allowed)
+      if i + 1 == chosen:
+        sequence = x
+    norm = nn.LayerNorm(EPSILON, dtype=self.dtype, name="norm_out")
+    pooled = None
+    if self.pool:
+      is_end = ids == config.end
+      end = jnp.where(jnp.any(is_end, axis=1), jnp.argmax(is_end, axis=1), ids.shape[1] - 1)
+      pooled = norm(jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0])
+      if self.project:
+        pooled = nn.Dense(
+          config.projection, use_bias=False, dtype=self.dtype, kernel_init=normal,
+          name="projection",
+        )(pooled)  # fmt: skip
+    return norm(sequence) if self.final_norm else sequence, pooled
+
+
+class CLIPVision(nn.Module):
+  """The vision tower: a ViT with a norm before its first layer.
+
+  Attributes:
+    config: sizes.
+    project: whether the pooled vector is projected to the space shared with captions.
+    dtype: type of the computation.
+  """
+
+  config: VisionConfig
+  project: bool = True
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, images: Array) -> tuple[Array, Array]:
+    """images [B, R, R, 3], normalised by CLIP's mean and deviation -> sequence, pooled.
+
+    The sequence [B, 1 + patches, width] is the last layer's output, the class token first, without
+    the last norm; pooled [B, P] is the class token behind it.
+    """
+    config = self.config
+    if images.shape[1:3] != (config.resolution, config.resolution):
+      raise UserError(f"CLIP's vision tower takes pictures of {config.resolution} px, these are "
+                      f"{images.shape[2]}x{images.shape[1]}")
+    patch = (config.patch, config.patch)
+    x = nn.Conv(
+      config.width, patch, patch, "VALID", use_bias=False, dtype=self.dtype, kernel_init=normal,
+      name="patches",
+    )(images)  # fmt: skip
+    x = x.reshape(len(x), -1, config.width)
+    first = self.param("class", normal, (config.width,)).astype(self.dtype)
+    x = jnp.concatenate([jnp.broadcast_to(first, (len(x), 1, config.width)), x], axis=1)
+    x = x + self.param("positions", normal, (x.shape[1], config.width)).astype(self.dtype)
+    x = nn.LayerNorm(EPSILON, dtype=self.dtype, name="norm_in")(x)
+    for i in range(config.layers):
+      x = Layer(config, self.dtype, name=f"layers_{i}")(x)
+    pooled = nn.LayerNorm(EPSILON, dtype=self.dtype, name="norm_out")(x[:, 0])
+    if self.project:
+      pooled = nn.Dense(
+        config.projection, use_bias=False, dtype=self.dtype, kernel_init=normal, name="projection"
+      )(pooled)
+    return x, pooled
+
+
+class CLIP(nn.Module):
+  """Both towers and the temperature of their cosine similarities.
+
+  Attributes:
+    text_config, vision_config: sizes.
+    dtype: type of the computation.
+  """
+
+  text_config: TextConfig
+  vision_config: VisionConfig
+  dtype: jnp.dtype = jnp.float32
+
+  def setup(self):
+    self.text = CLIPText(self.text_config, dtype=self.dtype)
+    self.vision = CLIPVision(self.vision_config, dtype=self.dtype)
+    self.logit_scale = self.param("logit_scale", nn.initializers.constant(2.6592), ())
+
+  def __call__(self, images: Array, ids: Array, mask: Array | None = None) -> Array:
+    """Logits [pictures, captions]: scaled cosine similarities, float32."""
+    return jnp.exp(self.logit_scale) * self.embed_images(images) @ self.embed_text(ids, mask).T
+
+  def embed_images(self, images: Array) -> Array:
+    """images [B, R, R, 3] -> unit vectors [B, P], float32."""
+    return _unit(self.vision(images)[1])
+
+  def embed_text(self, ids: Array, mask: Array | None = None) -> Array:
+    """ids int [B, L], mask bool [B, L] -> unit vectors [B, P], float32."""
+    return _unit(self.text(ids, mask)[1])
+
+
+def _unit(x: Array) -> Array:
+  x = x.astype(jnp.float32)
+  return x / jnp.linalg.norm(x, axis=-1, keepdims=True)

@@ -1,0 +1,249 @@
+"""Which tensor of a public checkpoint is which parameter of ours, said once for both directions.
+
+A rule pairs two templates, `Rule("layers_{i}/attention/query/kernel",
+"encoder.layers.{i}.self_attn.q_proj.weight", linear)`: a name in braces stands for the same text
+on both sides. The first rule whose template fits is the one.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from t2i_jax.errors import UserError
+from t2i_jax.weights.stored import Stored
+
+LISTED = 8  # names of each kind that an error quotes
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """How the other side lays out the numbers of one of our arrays.
+
+  Attributes:
+    theirs, ours: each from the other side's array to this side's; views where possible.
+  """
+
+  ours: Callable[[np.ndarray], np.ndarray]
+  theirs: Callable[[np.ndarray], np.ndarray]
+
+
+same = Layout(lambda x: x, lambda x: x)
+# PyTorch's Linear has [out, in], Flax's Dense [in, out].
+linear = Layout(lambda x: x.T, lambda x: x.T)
+# PyTorch's convolutions have [out, in, (height,) width], Flax's [(height,) width, in, out].
+conv = Layout(lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1))
+conv_1d = Layout(lambda x: x.transpose(2, 1, 0), lambda x: x.transpose(2, 1, 0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+  """One array of ours, or one for each value of its braces.
+
+  Attributes:
+    ours: template of a path in our tree, "/" between its parts.
+    theirs: template of the other side's name.
+    layout: how the numbers lie.
+    part: (index, number) where theirs holds several of ours one behind the other along its first
+      axis, such as the fused projections of an attention.
+  """
+
+  ours: str
+  theirs: str
+  layout: Layout = same
+  part: tuple[int, int] = (0, 1)
+
+
+def dense(ours: str, theirs: str, bias: bool = True) -> list[Rule]:
+  """Of a Dense and a Linear."""
+  rules = [Rule(f"{ours}/kernel", f"{theirs}.weight", linear)]
+  return rules + [Rule(f"{ours}/bias", f"{theirs}.bias")] * bias
+
+
+def norm(ours: str, theirs: str, bias: bool = True) -> list[Rule]:
+  """Of a norm with a scale and, unless told, a bias."""
+  rules = [Rule(f"{ours}/scale", f"{theirs}.weight")]
+  return rules + [Rule(f"{ours}/bias", f"{theirs}.bias")] * bias
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+  """Where one of our arrays lies on the other side."""
+
+  name: str
+  layout: Layout
+  part: tuple[int, int]
+
+
+class KeyMap:
+  """The rules of one architecture.
+
+  Attributes:
+    rules: in the order in which they are tried.
+    ignored: regular expressions of names on the other side that hold nothing learned, such as
+      positions counted from 0; they may be there or not.
+    prefixes: pairs (usual, other): how some files begin names that usually begin otherwise. The
+      first pair under which a file holds most of what is expected is taken for the whole file.
+  """
+
+  def __init__(
+    self,
+    rules: Sequence[Rule],
+    ignored: Sequence[str] = (),
+    prefixes: Sequence[tuple[str, str]] = (),
+  ):
+    self.rules, self.prefixes = tuple(rules), (("", ""), *prefixes)
+    self._ignored = [re.compile(pattern) for pattern in ignored]
+    self._templates = [(re.compile(_pattern(rule.ours)), rule) for rule in self.rules]
+
+  def place(self, path: str) -> Place:
+    """Where the array at `path` of our tree lies; LookupError without a rule for it."""
+    for pattern, rule in self._templates:
+      if match := pattern.fullmatch(path):
+        return Place(rule.theirs.format(**match.groupdict()), rule.layout, rule.part)
+    raise LookupError(f"no rule for '{path}'")
+
+  def load(
+    self,
+    tensors: Mapping[str, Stored],
+    abstract: Any,
+    *,
+    source: str,
+    dtype: Any = None,
+    put: Callable[[str, np.ndarray], Any] = lambda path, array: array,
+  ) -> Any:
+    """Our tree with the numbers of a checkpoint, one tensor at a time.
+
+    Args:
+      tensors: of `open_weights`.
+      abstract: the tree that is wanted, of arrays or `jax.ShapeDtypeStruct`s.
+      source: the file, for errors.
+      dtype: of the arrays; the abstract ones' own if None.
+      put: is given each path and its array on the host, and returns what the tree shall hold, such
+        as the array on its devices.
+
+    Returns:
+      a tree like `abstract`.
+
+    Raises:
+      UserError: tensors are missing, of another shape, unexpected, or hold what is no number; the
+        names are listed.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(abstract)
+    wanted = {_path(path): leaf for path, leaf in leaves}
+    places = {path: self.place(path) for path in wanted}
+    names = self._names(tensors, places)
+    self._check(tensors, wanted, places, names, source)
+    bad, arrays = [], []
+    for path, leaf in wanted.items():
+      array = _part(tensors[names[path]].read(), places[path].part)
+      if not np.all(np.isfinite(array)):
+        bad.append(names[path])
+      array = places[path].layout.ours(array)
+      arrays.append(put(path, np.asarray(array, dtype or leaf.dtype, order="C")))
+      del array
+    if bad:
+      raise UserError(f"{source} holds NaN or infinity in {_listed(bad)}; take another copy of it")
+    return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(abstract), arrays)
+
+  def save(self, tree: Any, dtype: Any = None) -> dict[str, tuple]:
+    """The other side's tensors of our tree, for `write_safetensors`, which asks for one at a time.
+
+    Args:
+      tree: of arrays.
+      dtype: of the tensors; the arrays' own if None.
+    """
+    grouped: dict[str, dict[int, tuple[Any, Layout]]] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+      place = self.place(_path(path))
+      grouped.setdefault(place.name, {})[place.part[0]] = (leaf, place.layout)
+    tensors = {}
+    for name, parts in grouped.items():
+      ordered = [parts[i] for i in sorted(parts)]
+      shapes = [_their_shape(leaf.shape, layout) for leaf, layout in ordered]
+      shape = (sum(s[0] for s in shapes), *shapes[0][1:]) if len(shapes) > 1 else shapes[0]
+      kind = np.dtype(dtype or ordered[0][0].dtype)
+      tensors[name] = (shape, kind, _joined(ordered, kind))
+    return tensors
+
+  def _names(self, tensors: Mapping[str, Stored], places: Mapping[str, Place]) -> dict[str, str]:
+    """The other side's name for each of our paths, as this file begins them."""
+    variants = [
+      {path: _begun(place.name, *prefix) for path, place in places.items()}
+      for prefix in self.prefixes
+    ]
+    return max(variants, key=lambda names: sum(name in tensors for name in names.values()))
+
+  def _check(self, tensors, wanted, places, names, source) -> None:
+    missing = sorted({name for name in names.values() if name not in tensors})
+    used = set(names.values())
+    unexpected = sorted(
+      name for name in set(tensors) - used if not any(p.search(name) for p in self._ignored)
+    )
+    shapes = []
+    for path, leaf in wanted.items():
+      if names[path] not in tensors:
+        continue
+      index, number = places[path].part
+      expected = _their_shape(leaf.shape, places[path].layout)
+      if number > 1:
+        expected = (expected[0] * number, *expected[1:])
+      found = tensors[names[path]].shape
+      if found != expected and index == 0:
+        shapes.append(f"{names[path]} is {list(found)}, not {list(expected)}")
+    problems = [
+      f"{kind} {_listed(found)}"
+      for kind, found in (("missing", missing), ("of another shape", shapes),
+                          ("unexpected", unexpected)) if found
+    ]  # fmt: skip
+    if problems:
+      raise UserError(f"{source} does not hold this model: {'; '.join(problems)}. Give weights of "
+                      "this architecture and size, or the size of these weights")
+
+
+def _pattern(template: str) -> str:
+  """A regular expression of a template, a group for each name in braces."""
+  parts, seen = [], set()
+  for text, name in re.findall(r"([^{]*)(?:\{(\w+)\})?", template):
+    parts.append(re.escape(text))
+    if name:
+      parts.append(f"(?P={name})" if name in seen else f"(?P<{name}>[^/]+?)")
+      seen.add(name)
+  return "".join(parts)
+
+
+def _begun(name: str, usual: str, other: str) -> str:
+  return other + name.removeprefix(usual) if name.startswith(usual) else name
+
+
+def _path(path: tuple) -> str:
+  return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _their_shape(shape: tuple[int, ...], layout: Layout) -> tuple[int, ...]:
+  """Without making the array: a view of one number."""
+  return layout.theirs(np.broadcast_to(np.zeros((), np.int8), shape)).shape
+
+
+def _part(array: np.ndarray, part: tuple[int, int]) -> np.ndarray:
+  index, number = part
+  if number == 1:
+    return array
+  size = len(array) // number
+  return array[index * size : (index + 1) * size]
+
+
+def _joined(ordered: list[tuple[Any, Layout]], dtype: np.dtype) -> Callable[[], np.ndarray]:
+  def read() -> np.ndarray:
+    parts = [layout.theirs(np.asarray(leaf)) for leaf, layout in ordered]
+    return np.asarray(parts[0] if len(parts) == 1 else np.concatenate(parts), dtype)
+
+  return read
+
+
+def _listed(names: Sequence[str]) -> str:
+  more = f", and {len(names) - LISTED} more" if len(names) > LISTED else ""
+  return f"({len(names)}) {', '.join(names[:LISTED])}{more}"

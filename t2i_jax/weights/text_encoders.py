@@ -1,0 +1,125 @@
+"""Key maps of text encoders: transformers' names on the other side.
+
+Paths are those of the parameters of the networks in `t2i_jax/text/`.
+"""
+
+from t2i_jax.weights.key_map import KeyMap, Rule, conv, dense, norm
+
+PROJECTIONS = (("query", "q"), ("key", "k"), ("value", "v"), ("out", "out"))
+
+
+def _clip_layers(ours: str, theirs: str) -> list[Rule]:
+  layer, of = f"{ours}layers_{{i}}", f"{theirs}.encoder.layers.{{i}}"
+  rules = []
+  for our, their in PROJECTIONS:
+    rules += dense(f"{layer}/attention/{our}", f"{of}.self_attn.{their}_proj")
+  for our, their in (("mlp_in", "mlp.fc1"), ("mlp_out", "mlp.fc2")):
+    rules += dense(f"{layer}/{our}", f"{of}.{their}")
+  for our, their in (("norm_attention", "layer_norm1"), ("norm_mlp", "layer_norm2")):
+    rules += norm(f"{layer}/{our}", f"{of}.{their}")
+  return rules
+
+
+def _clip_text(ours: str = "") -> list[Rule]:
+  return [
+    Rule(f"{ours}tokens/embedding", "text_model.embeddings.token_embedding.weight"),
+    Rule(f"{ours}positions", "text_model.embeddings.position_embedding.weight"),
+    *_clip_layers(ours, "text_model"),
+    *norm(f"{ours}norm_out", "text_model.final_layer_norm"),
+    *dense(f"{ours}projection", "text_projection", bias=False),
+  ]
+
+
+def _clip_vision(ours: str = "") -> list[Rule]:
+  return [
+    Rule(f"{ours}class", "vision_model.embeddings.class_embedding"),
+    Rule(f"{ours}patches/kernel", "vision_model.embeddings.patch_embedding.weight", conv),
+    Rule(f"{ours}positions", "vision_model.embeddings.position_embedding.weight"),
+    # Misspelt in every file.
+    *norm(f"{ours}norm_in", "vision_model.pre_layrnorm"),
+    *_clip_layers(ours, "vision_model"),
+    *norm(f"{ours}norm_out", "vision_model.post_layernorm"),
+    *dense(f"{ours}projection", "visual_projection", bias=False),
+  ]
+
+
+_POSITIONS = r"position_ids$"
+# A tower alone is also read from a file of both, and from transformers 5's, without the prefix.
+CLIP_TEXT = KeyMap(
+  _clip_text(), [_POSITIONS, "^vision_model", "^visual_projection", "^logit_scale$"],
+  [("text_model.", "")],
+)
+CLIP_VISION = KeyMap(
+  _clip_vision(), [_POSITIONS, "^text_model", "^text_projection", "^logit_scale$"],
+  [("vision_model.", "")],
+)
+CLIP = KeyMap(
+  [*_clip_text("text/"), *_clip_vision("vision/"), Rule("logit_scale", "logit_scale")],
+  [_POSITIONS],
+)
+
+T5 = KeyMap(
+  [
+    Rule("tokens/embedding", "shared.weight"),
+    Rule("positions/embedding",
+         "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"),
+    *[
+      rule for our, their in (("query", "q"), ("key", "k"), ("value", "v"), ("out", "o"))
+      for rule in dense(f"layers_{{i}}/attention/{our}",
+                        f"encoder.block.{{i}}.layer.0.SelfAttention.{their}", bias=False)
+    ],
+    Rule("layers_{i}/norm_attention/scale", "encoder.block.{i}.layer.0.layer_norm.weight"),
+    *[
+      rule for our, their in (("mlp_in", "wi"), ("mlp_gate", "wi_0"), ("mlp_value", "wi_1"),
+                              ("mlp_out", "wo"))
+      for rule in dense(f"layers_{{i}}/{our}",
+                        f"encoder.block.{{i}}.layer.1.DenseReluDense.{their}", bias=False)
+    ],
+    Rule("layers_{i}/norm_mlp/scale", "encoder.block.{i}.layer.1.layer_norm.weight"),
+    Rule("norm_out/scale", "encoder.final_layer_norm.weight"),
+  ],
+  # The embeddings under another name, and the half that writes text.
+  [r"^encoder\.embed_tokens\.weight$", r"^decoder\.", r"^lm_head\."],
+)  # fmt: skip
+
+_BERT_LAYER = "encoder.layer.{i}"
+BERT = KeyMap(
+  [
+    Rule("tokens/embedding", "embeddings.word_embeddings.weight"),
+    Rule("positions", "embeddings.position_embeddings.weight"),
+    Rule("segments", "embeddings.token_type_embeddings.weight"),
+    *norm("norm_in", "embeddings.LayerNorm"),
+    *[
+      rule for name in ("query", "key", "value")
+      for rule in dense(f"layers_{{i}}/attention/{name}", f"{_BERT_LAYER}.attention.self.{name}")
+    ],
+    *dense("layers_{i}/attention/out", f"{_BERT_LAYER}.attention.output.dense"),
+    *norm("layers_{i}/norm_attention", f"{_BERT_LAYER}.attention.output.LayerNorm"),
+    *dense("layers_{i}/mlp_in", f"{_BERT_LAYER}.intermediate.dense"),
+    *dense("layers_{i}/mlp_out", f"{_BERT_LAYER}.output.dense"),
+    *norm("layers_{i}/norm_mlp", f"{_BERT_LAYER}.output.LayerNorm"),
+    *dense("pooled", "pooler.dense"),
+  ],
+  [_POSITIONS, r"^cls\.", r"^pooler\."],
+  [("", "bert.")],
+)  # fmt: skip
+
+# Latent diffusion's, under the names of diffusers' LDMBertModel.
+LDM_TEXT = KeyMap(
+  [
+    Rule("tokens/embedding", "model.embed_tokens.weight"),
+    Rule("positions", "model.embed_positions.weight"),
+    *[
+      rule for our, their in (("query", "q"), ("key", "k"), ("value", "v"))
+      for rule in dense(f"layers_{{i}}/attention/{our}",
+                        f"model.layers.{{i}}.self_attn.{their}_proj", bias=False)
+    ],
+    *dense("layers_{i}/attention/out", "model.layers.{i}.self_attn.out_proj"),
+    *norm("layers_{i}/norm_attention", "model.layers.{i}.self_attn_layer_norm"),
+    *dense("layers_{i}/mlp_in", "model.layers.{i}.fc1"),
+    *dense("layers_{i}/mlp_out", "model.layers.{i}.fc2"),
+    *norm("layers_{i}/norm_mlp", "model.layers.{i}.final_layer_norm"),
+    *norm("norm_out", "model.layer_norm"),
+  ],
+  [_POSITIONS, r"^to_logits\."],
+)  # fmt: skip
