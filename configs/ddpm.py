@@ -39,8 +39,8 @@ SIZES = {
   "cifar10": dict(PUBLISHED, resolution=32, multipliers=(1, 2, 2, 2), attention_levels=(1,),
                   dropout=0.1),
   "lsun": dict(PUBLISHED, resolution=256, multipliers=(1, 1, 2, 2, 4, 4), attention_levels=(4,)),
-  "tiny": dict(LAPTOP, resolution=16, channels=16, multipliers=(1, 2), attention_levels=(1,),
-               head_channels=16, steps=50, draft=4),
+  "tiny": dict(PUBLISHED, resolution=16, channels=16, multipliers=(1, 2), attention_levels=(1,),
+               blocks=1, head_channels=16, groups=8, steps=50, draft=4, dropout=0.1),
 }
 
 
@@ -48,6 +48,14 @@ def get_config(arg=None):
   arg = parse_arg(arg, size="small", dataset="scenes")
   config = recipe.base("ddpm", arg.dataset)
   config.model.update(choose("size", arg.size, SIZES))
+  if arg.size == "tiny":
+    config.text.update(width=32, layers=1, heads=2, vocab_size=300, length=40)
+    config.train.update(duration="4 steps", batch_size=8)
+    config.optimizer.update(name="adam", learning_rate=2e-4, warmup="2 steps")
+    config.sample.update(count=4)
+    config.sample.options.update(solver="ddpm", steps=4)
+    config.log.every = "1 steps"
+    return config
   if arg.size in ("cifar10", "lsun"):
     config.text.update(width=512, layers=6, heads=8)
     config.train.update(duration="800k steps", batch_size=128 if arg.size == "cifar10" else 64)
@@ -64,11 +72,4 @@ def get_config(arg=None):
   )
   config.ema.decay = 0.999
   config.sample.options.update(steps=25)
-  if arg.size == "tiny":
-    config.text.update(width=32, layers=1, heads=2, vocab_size=300)
-    config.train.update(duration="4 steps", batch_size=8)
-    config.optimizer.warmup = "2 steps"
-    config.sample.update(count=4)
-    config.sample.options.update(steps=4)
-    config.log.every = "1 steps"
   return config

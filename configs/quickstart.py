@@ -48,7 +48,7 @@ def get_config(arg=None):
   if config.data.name == "scenes":
     config.evaluate.update(pictures=256, splits=("held_out_combinations",))
   if arg.size == "tiny":
-    config.text.update(width=32, layers=1, heads=2, vocab_size=300)
+    config.text.update(width=32, layers=1, heads=2, vocab_size=300, length=40)
     config.train.update(duration="4 steps", batch_size=8)
     config.optimizer.warmup = "2 steps"
     config.sample.update(count=4)

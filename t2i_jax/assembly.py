@@ -1,6 +1,11 @@
 """A config's parts, built: what the commands share before they part ways."""
 
-from collections.abc import Mapping
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -41,27 +46,85 @@ def build_system(config: ConfigDict, components: Mapping[str, System] | None = N
   return systems.build(config, components, compute_dtype(config))
 
 
-def load_components(config: ConfigDict) -> tuple[dict[str, System], dict[str, Any]]:
-  """The systems of `config.components` and their variables, nested by component.
+@dataclasses.dataclass
+class Components:
+  """The frozen systems of a run.
 
-  Frozen parameters take the type of `precision.frozen`.
+  Attributes:
+    systems: by name.
+    variables: `{collection: {component: tree}}` of arrays; of their shapes where `held_by` holds
+      the arrays.
+    about: what builds them again: `{name: {"config", "components", "step"}}`, nested.
+    held_by: the checkpoint directory of the run that stored them, or None.
+  """
+
+  systems: dict[str, System]
+  variables: dict[str, dict[str, Any]]
+  about: dict[str, Any]
+  held_by: epath.Path | None = None
+
+
+def build_with(config: ConfigDict, about: Mapping[str, Any]) -> System:
+  """The system of a config whose components are described by `about`, as in `Components`."""
+  return build_system(config, _described(about))
+
+
+def _described(about: Mapping[str, Any]) -> dict[str, System]:
+  return {
+    name: build_with(configs.from_json(json.dumps(part["config"])), part["components"])
+    for name, part in about.items()
+  }
+
+
+def load_components(config: ConfigDict, workdir: epath.Path | None = None) -> Components:
+  """The systems of `config.components`.
+
+  A run that has begun keeps what it began with, whatever has become of the exports since: its own
+  copy is used, or that of the run which it resumes.
+
+  Args:
+    config: of the run. Frozen parameters take the type of `precision.frozen`.
+    workdir: of the run.
+
+  Raises:
+    UserError: for an export that cannot be read.
   """
   from t2i_jax import export
+  from t2i_jax.training.checkpoint import Checkpoints
 
-  built: dict[str, System] = {}
-  frozen: dict[str, dict[str, Any]] = {}
+  if not config.components:
+    return Components({}, {}, {})
+  if workdir is not None and (workdir / CONFIG).exists():
+    runs = [workdir]
+  else:
+    # Left by a command that failed before it was a run.
+    if workdir is not None and is_primary() and (workdir / "checkpoints" / "frozen").exists():
+      (workdir / "checkpoints" / "frozen").rmtree()
+    runs = [epath.Path(config.resume)] if config.resume else []
+  for run in runs:
+    checkpoints = Checkpoints(run / "checkpoints", read_only=True)
+    if checkpoints.has_frozen():
+      meta, flat = checkpoints.describe_frozen()
+      checkpoints.close()
+      about = meta["components"]
+      return Components(
+        _described(about), export.unflatten(flat), about, checkpoints.directory
+      )
   dtype = configs.choose(
     "precision.frozen", config.precision.frozen,
     {"float32": jnp.float32, "bfloat16": jnp.bfloat16},
   )
+  found = Components({}, {}, {})
   for name, path in config.components.items():
     exported = export.read(path)
-    built[name] = build_system(exported.config)
+    found.systems[name] = build_with(exported.config, exported.components)
+    found.about[name] = {"config": exported.config.to_dict(), "components": exported.components,
+                         "step": exported.step}
     for kind, groups in exported.variables.items():
       if kind == "params":
         groups = jax.tree.map(lambda x: x.astype(dtype), groups)
-      frozen.setdefault(kind, {})[name] = groups
-  return built, frozen
+      found.variables.setdefault(kind, {})[name] = groups
+  return found
 
 
 def open_data(config: ConfigDict, split: str, resolution: int, log_dir: str | None = None,
@@ -207,6 +270,8 @@ def check_workdir(workdir: epath.Path, config: ConfigDict) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
   except OSError as error:
     raise UserError(f"cannot make --workdir={workdir}: {error.strerror or error}") from error
+  except ImportError as error:  # of the package that speaks with a store such as gs://
+    raise UserError(f"--workdir={workdir} cannot be reached: {error}") from error
   path = workdir / CONFIG
   if not path.exists():
     return
@@ -221,8 +286,30 @@ def check_workdir(workdir: epath.Path, config: ConfigDict) -> None:
     more = f" and {len(different) - 1} more" if len(different) > 1 else ""
     raise UserError(
       f"--workdir={workdir} holds another run: its {key} is {theirs.get(key)!r}, this config's is "
-      f"{ours.get(key)!r}{more}; choose another --workdir, or delete it"
+      f"{ours.get(key)!r}{more}; choose another --workdir (to go on from that run with this "
+      f"config, add --config.resume={workdir})"
     )
+
+
+@contextlib.contextmanager
+def locked(workdir: epath.Path) -> Iterator[None]:
+  """Keeps other processes from training in a work directory; the lock ends with the process.
+
+  Stores such as `gs://` have no locks.
+
+  Raises:
+    UserError: when another process trains there.
+  """
+  if not is_primary() or "://" in os.fspath(workdir):
+    yield
+    return
+  with open(workdir / ".lock", "w") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise UserError(f"another process is training in --workdir={workdir}; wait for it, stop it, "
+                      "or choose another --workdir") from error
+    yield
 
 
 def claim_workdir(workdir: epath.Path, config: ConfigDict, tokenizer: Tokenizer) -> None:

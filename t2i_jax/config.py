@@ -380,4 +380,6 @@ def steps_of(
     steps = amount / batch_size
   else:
     steps = amount
+  if steps > 2**31 - 1:
+    raise UserError(f"{key}={value!r} is {steps:.3g} steps; a run has at most 2147483647")
   return max(round(steps), 1)

@@ -3,9 +3,9 @@
 import json
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
+from etils import epath
 
 from t2i_jax import assembly, command, data
 from t2i_jax.errors import UserError, unknown
@@ -74,7 +74,7 @@ def _evaluate(flags) -> None:
       )
       print(table(split, found["score"]))
   if flags.output:
-    folder = Path(flags.output)
+    folder = epath.Path(flags.output).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "scores.json").write_text(json.dumps(results, indent=2) + "\n")
 
@@ -129,7 +129,8 @@ def score(pipeline, split: str, pictures: int, seed: int, options: dict, batch_s
 
   Returns:
     `right`: fraction by attribute for the captions; `shuffled`: the same when
-    each picture is judged by another one's caption; `pictures`; `options`;
+    each picture is judged by another one's caption; `pictures`, and
+      `captions`, how many of theirs differ; `options`;
     `seconds_a_picture`, compilation included.
 
   Raises:
@@ -140,6 +141,7 @@ def score(pipeline, split: str, pictures: int, seed: int, options: dict, batch_s
   if verify is None:
     raise UserError(f"data set '{config.data.name}' has no verifier, so --measure=score cannot be "
                     "had; use --measure=loss")
+  check_judged(config, pipeline.system, pictures)
   source = assembly.open_data(config, split, assembly.resolution_of(pipeline.system))
   captions = source.fetch(np.arange(pictures) % len(source), np.arange(pictures, dtype=np.uint64)
                           ).captions
@@ -153,14 +155,26 @@ def score(pipeline, split: str, pictures: int, seed: int, options: dict, batch_s
   if output:
     from t2i_jax.training.grids import prompt_grid, save_picture
 
-    save_picture(Path(output) / f"{split}.png", prompt_grid(drawn[:64], captions[:64]))
+    grid = prompt_grid(drawn[:64], captions[:64])
+    save_picture(epath.Path(output).expanduser() / f"{split}.png", grid)
   return {
     "right": _fractions(verify(drawn, captions)),
     "shuffled": _fractions(verify(drawn, derangement(captions))),
     "pictures": pictures,
+    "captions": len(set(captions)),
     "options": options,
     "seconds_a_picture": seconds / pictures,
   }
+
+
+def check_judged(config, system, pictures: int) -> None:
+  """Raises UserError where the data set's verifier would refuse what the system draws."""
+  if pictures < 2:
+    raise UserError(f"pictures={pictures}: judge 2 or more, so that captions can be shuffled")
+  side = assembly.resolution_of(system)
+  source = assembly.open_data(config, assembly.held_out_splits(config)[0], side)
+  captions = source.fetch(np.zeros(1, int), np.zeros(1, np.uint64)).captions
+  data.verifier(config.data.name)(np.zeros((1, side, side, 3), np.uint8), captions)
 
 
 def derangement(captions: list[str]) -> list[str]:
@@ -181,7 +195,7 @@ def table(split: str, result: dict) -> str:
   width = max(len(name) for name in data.ATTRIBUTES) + 2
   options = ", ".join(f"{k}={v}" for k, v in result["options"].items()) or "defaults"
   lines = [
-    f"{split}: {result['pictures']} pictures ({options}; "
+    f"{split}: {result['pictures']} pictures of {result['captions']} captions ({options}; "
     f"{result['seconds_a_picture']:.3f} s a picture)",
     f"  {'':{width}}{'captions':>10}{'shuffled':>10}",
   ]

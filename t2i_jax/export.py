@@ -10,12 +10,14 @@
 
 import dataclasses
 import json
+import os
+import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
 import t2i_jax
@@ -26,7 +28,7 @@ from t2i_jax.text.tokenizer import Tokenizer
 CONFIG, VARIABLES, TOKENIZER, CARD = (
   "config.json", "variables.safetensors", "tokenizer.json", "README.md"
 )
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclasses.dataclass
@@ -39,23 +41,27 @@ class Export:
     step: of the training at which it was made.
     variables: `{collection: {group: tree}}` of numpy arrays.
     tokenizer: of its prompts.
+    components: what builds the frozen systems in it, by name: `config`, `components`, `step`.
   """
 
-  path: Path
+  path: epath.Path
   config: ConfigDict
   step: int
   variables: dict[str, dict[str, Any]]
   tokenizer: Tokenizer
+  components: dict[str, Any]
 
 
 def write(
-  path: str | Path,
+  path: str | os.PathLike,
   config: ConfigDict,
   step: int,
   variables: Mapping[str, Any],
   tokenizer: Tokenizer,
+  components: Mapping[str, Any] | None = None,
+  ema: bool = True,
   notes: str = "",
-) -> Path:
+) -> epath.Path:
   """Writes an export beside `path`, then puts it there whole, in place of an older one.
 
   Args:
@@ -64,7 +70,9 @@ def write(
     step: of the training.
     variables: of all groups that sampling needs; arrays on the host.
     tokenizer: of the prompts.
-    notes: Markdown for the model card: data, scores.
+    components: what builds the frozen systems among them, as in `Export`.
+    ema: whether the parameters are moving averages.
+    notes: Markdown for the model card, such as scores.
 
   Raises:
     UserError: where something else is in its place, or it cannot be written.
@@ -73,25 +81,33 @@ def write(
 
   from safetensors.numpy import save_file
 
-  path = Path(path).absolute()
+  path = located(path)
   check_replaceable(path)
+  remote = "://" in os.fspath(path)
   beside = path.with_name(f".{path.name}.writing")
+  if remote:
+    beside = epath.Path(tempfile.mkdtemp()) / path.name
   try:
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     flat = {k: np.ascontiguousarray(v) for k, v in flatten(variables).items()}
     save_file(flat, beside / VARIABLES)
     (beside / TOKENIZER).write_text(tokenizer.to_json(), encoding="utf-8")
-    (beside / CARD).write_text(model_card(config, step, flat, notes), encoding="utf-8")
+    (beside / CARD).write_text(model_card(config, step, flat, ema, notes), encoding="utf-8")
     about = {
       "format": FORMAT,
       "version": t2i_jax.__version__,
       "step": step,
-      "files": {f.name: f.stat().st_size for f in sorted(beside.iterdir())},
+      "ema": ema,
+      "files": {name: (beside / name).stat().length for name in (VARIABLES, TOKENIZER)},
+      "components": dict(components or {}),
       "config": config.to_dict(),
     }
     (beside / CONFIG).write_text(json.dumps(about, indent=2, sort_keys=True) + "\n")
-    if path.exists():
+    if remote:
+      _upload(beside, path)
+      shutil.rmtree(beside.parent)
+    elif path.exists():
       old = path.with_name(f".{path.name}.old")
       shutil.rmtree(old, ignore_errors=True)
       path.rename(old)
@@ -100,15 +116,29 @@ def write(
     else:
       beside.rename(path)
   except OSError as error:
-    shutil.rmtree(beside, ignore_errors=True)
+    shutil.rmtree(beside.parent if remote else beside, ignore_errors=True)
     raise UserError(f"cannot write the export {path}: {error.strerror or error}; "
                     "free space there or choose another folder") from error
   return path
 
 
-def check_replaceable(path: str | Path) -> None:
+def located(path: str | os.PathLike) -> epath.Path:
+  """An absolute path, `~` replaced; of a store such as `gs://` as it is."""
+  path = epath.Path(path).expanduser()
+  return path if "://" in os.fspath(path) else epath.Path(os.path.abspath(path))
+
+
+def _upload(folder: epath.Path, path: epath.Path) -> None:
+  """Copies an export to where nothing can be renamed: its config last, which makes it one."""
+  path.mkdir(parents=True, exist_ok=True)
+  (path / CONFIG).unlink(missing_ok=True)
+  for name in (VARIABLES, TOKENIZER, CARD, CONFIG):
+    (folder / name).copy(path / name, overwrite=True)
+
+
+def check_replaceable(path: str | os.PathLike) -> None:
   """Raises UserError where `path` is there and is neither an export nor an empty folder."""
-  path = Path(path)
+  path = located(path)
   if not path.exists() or (path.is_dir() and not any(path.iterdir())):
     return
   if not (path / CONFIG).is_file() or not (path / VARIABLES).is_file():
@@ -116,16 +146,16 @@ def check_replaceable(path: str | Path) -> None:
                     "folder for the export, or move it away")
 
 
-def read(path: str | Path) -> Export:
+def read(path: str | os.PathLike) -> Export:
   """Reads an export.
 
   Raises:
     UserError: for a folder that is none, or from which something is missing.
   """
   from safetensors import SafetensorError
-  from safetensors.numpy import load_file
+  from safetensors.numpy import load, load_file
 
-  path = Path(path)
+  path = epath.Path(path).expanduser()
   inside = path / "export"
   hint = f"; did you mean '{inside}'?" if (inside / CONFIG).is_file() else ""
   if not (path / CONFIG).is_file():
@@ -135,6 +165,7 @@ def read(path: str | Path) -> Export:
     step = int(about["step"])
     files = {name: int(about["files"][name]) for name in (VARIABLES, TOKENIZER)}
     config = configs.from_json(json.dumps(about["config"]))
+    components = dict(about["components"])
   except (ValueError, KeyError, TypeError) as error:
     why = f"{type(error).__name__}: {error}"
     raise UserError(f"{path / CONFIG} is not an export's ({why}){hint or '; copy it again'}"
@@ -149,15 +180,22 @@ def read(path: str | Path) -> Export:
   for name in (VARIABLES, TOKENIZER):
     if not (path / name).is_file():
       raise UserError(f"the export {path} is not whole: {name} is missing; copy it again")
-    size = (path / name).stat().st_size
+    size = (path / name).stat().length
     if size != files[name]:
       raise UserError(f"the export {path} is not whole: {name} has {size} bytes of {files[name]}; "
                       "copy it again")
   try:
-    flat = load_file(path / VARIABLES)
+    local = "://" not in os.fspath(path)
+    flat = load_file(path / VARIABLES) if local else load((path / VARIABLES).read_bytes())
   except (SafetensorError, ValueError) as error:
     raise UserError(f"{path / VARIABLES} cannot be read: {error}; copy it again") from error
-  return Export(path, config, step, unflatten(flat), Tokenizer.load(path / TOKENIZER))
+  return Export(path, config, step, unflatten(flat), Tokenizer.load(path / TOKENIZER), components)
+
+
+def add_to_card(path: str | os.PathLike, notes: str) -> None:
+  """Adds Markdown, such as scores, to an export's model card."""
+  card = located(path) / CARD
+  card.write_text(f"{card.read_text().rstrip()}\n\n{notes}\n")
 
 
 def flatten(variables: Mapping[str, Any]) -> dict[str, Any]:
@@ -180,7 +218,9 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
   return nested
 
 
-def model_card(config: ConfigDict, step: int, flat: Mapping[str, Any], notes: str) -> str:
+def model_card(
+  config: ConfigDict, step: int, flat: Mapping[str, Any], ema: bool, notes: str
+) -> str:
   """The export's README."""
   parameters = sum(v.size for k, v in flat.items() if k.startswith("params/"))
   return f"""# {config.system}, trained on {config.data.name}
@@ -191,7 +231,8 @@ def model_card(config: ConfigDict, step: int, flat: Mapping[str, Any], notes: st
 | data set | `{config.data.name}` {dict(config.data.options)} |
 | steps | {step} of batch {config.train.batch_size} |
 | parameters | {parameters:,} |
-| EMA decay | {config.ema.decay} |
+| weights | {f"moving average, decay {config.ema.decay}" if ema and config.ema.decay
+             else "of the last step, not averaged"} |
 
 Draw pictures with it:
 
@@ -218,15 +259,14 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _export(flags) -> None:
-  from etils import epath
-
   from t2i_jax.restore import restored_variables
 
   check_replaceable(flags.output)
-  config, step, variables, tokenizer = restored_variables(
-    epath.Path(flags.workdir), flags.step, ema=not flags.no_ema
+  ema = not flags.no_ema
+  config, step, variables, tokenizer, components = restored_variables(
+    epath.Path(flags.workdir), flags.step, ema
   )
-  print(write(flags.output, config, step, variables, tokenizer))
+  print(write(flags.output, config, step, variables, tokenizer, components, ema))
 
 
 if __name__ == "__main__":

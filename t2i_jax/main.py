@@ -1,5 +1,6 @@
 """`python -m t2i_jax.main --config=configs/NAME.py --workdir=DIR`: trains any system."""
 
+import itertools
 import json
 import sys
 import time
@@ -15,11 +16,11 @@ from t2i_jax import config as configs
 from t2i_jax.data.loader import Loader
 from t2i_jax.data.prefetch import Prefetcher
 from t2i_jax.errors import UserError
-from t2i_jax.evaluate import score, table
+from t2i_jax.evaluate import check_judged, score, table
 from t2i_jax.hooks import DrawSamples, HeldOutLoss, default_prompts
 from t2i_jax.parallel.distributed import agree_any, is_primary
 from t2i_jax.parallel.flops import peak_flops
-from t2i_jax.parallel.mesh import batch_sharding, check_batch, host_rows, make_mesh
+from t2i_jax.parallel.mesh import batch_sharding, batch_shards, check_batch, host_rows, make_mesh
 from t2i_jax.parallel.sharding import put
 from t2i_jax.pipeline import Pipeline
 from t2i_jax.restore import Run, held_variables, on_host
@@ -106,31 +107,37 @@ def train(config: ConfigDict, workdir: str, tensorboard: bool = False) -> loop.S
   """
   started = time.monotonic()
   configs.check_ranges(config)
-  workdir = epath.Path(workdir)
+  workdir = epath.Path(workdir).expanduser()
   mesh = make_mesh(config.mesh.to_dict())
   check_batch(config.train.batch_size, mesh, "train.batch_size")
   rows = host_rows(config.train.batch_size, mesh)
   assembly.check_workdir(workdir, config)
+  with assembly.locked(workdir):
+    return _train(config, workdir, mesh, rows, tensorboard, started)
 
-  components, frozen = assembly.load_components(config)
-  system = assembly.build_system(config, components)
+
+def _train(config, workdir, mesh, rows, tensorboard, started) -> loop.State:
+  components = assembly.load_components(config, workdir)
+  system = assembly.build_system(config, components.systems)
   source = assembly.open_data(
-    config, assembly.training_split(config), assembly.resolution_of(system), str(workdir)
+    config, assembly.training_split(config), assembly.resolution_of(system),
+    None if "://" in str(workdir) else str(workdir),
   )
   tokenizer = assembly.run_tokenizer(config, workdir, source)
   loader = Loader(
     source, assembly.tokenize_with(tokenizer), config.train.batch_size, config.seed, rows,
     config.data.workers,
   )
+  _say_truncated(source, tokenizer)
   assembly.check_batch_spec(system, loader.peek(), config.data.name)
-  check_division(system, config.train.batch_size, config.train.accumulate)
+  check_division(system, config.train.batch_size, config.train.accumulate, batch_shards(mesh))
   for warning in check_accumulation(system, config.train.accumulate):
     _say(f"warning: {warning}")
   steps_of = _durations(config, None if source.infinite else len(source))
   total = steps_of(config.train.duration, "train.duration")
 
   with jax.set_mesh(mesh), Writers(workdir, is_primary(), tensorboard) as writers:
-    run = Run.open(config, workdir, mesh, system, frozen, loader, total, steps_of)
+    run = Run.open(config, workdir, mesh, system, components, loader, total, steps_of)
     try:
       compiled = CompiledStep(
         make_step(system, run.plan.optimizers, StepOptions(
@@ -148,8 +155,8 @@ def train(config: ConfigDict, workdir: str, tensorboard: bool = False) -> loop.S
         steps_of(config.checkpoint.every, "checkpoint.every"), config.train.batch_size, flops,
         (peak_flops(jax.devices()[0]) or 0.0) * jax.device_count(),
       )
+      run.save_frozen(components)
       assembly.claim_workdir(workdir, config, tokenizer)
-      run.save_frozen()
       writers.truncate_after(run.step)
       _say(f"ready to train after {time.monotonic() - started:.1f} s, at step {run.step}/{total}")
       training_started = time.monotonic()
@@ -158,7 +165,7 @@ def train(config: ConfigDict, workdir: str, tensorboard: bool = False) -> loop.S
         state, step = _loop(compiled, run, batches, options, writers, hooks)
       _say(f"trained to step {step}/{total} in {time.monotonic() - training_started:.1f} s")
       if step >= total:
-        variables = _export(config, workdir, system, state, step, tokenizer)
+        variables = _export(config, workdir, system, state, step, tokenizer, components.about)
         if _is_scored(config, system):
           _score(config, workdir, Pipeline(system, tokenizer, mesh, variables, config, step))
       return state
@@ -167,7 +174,16 @@ def train(config: ConfigDict, workdir: str, tensorboard: bool = False) -> loop.S
 
 
 def _loop(compiled, run: Run, batches, options, writers: Writers, hooks):
-  log = loop.Log(options, writers.scalars, run.window)
+
+  def write(step: int, values: dict[str, float]) -> None:
+    run.checkpoints.check()  # a save that failed in the background is heard of now
+    writers.scalars(step, values)
+
+  def save(step: int, state, meta) -> None:
+    writers.flush()
+    run.save(step, state, meta)
+
+  log = loop.Log(options, write, run.window)
   progress = Progress(options.total, run.step, enabled=is_primary())
   several = jax.process_count() > 1
   with StopSignal() as signal:
@@ -179,7 +195,7 @@ def _loop(compiled, run: Run, batches, options, writers: Writers, hooks):
 
     try:
       state, step = loop.train(
-        compiled, run.take_state(), run.step, batches, options, log, run.save, hooks, stop,
+        compiled, run.take_state(), run.step, batches, options, log, save, hooks, stop,
         progress.update, run.hooks_due,
       )
       run.checkpoints.wait()
@@ -188,6 +204,15 @@ def _loop(compiled, run: Run, batches, options, writers: Writers, hooks):
   if step < options.total:
     _say(f"stopped as asked; step {step} is saved, and the same command goes on from there")
   return state, step
+
+
+def _say_truncated(source, tokenizer) -> None:
+  """Says how many training captions the encoder does not take whole, judged by the first ones."""
+  lengths = tokenizer.lengths(list(itertools.islice(source.captions(), 2000)))
+  share = float((lengths > tokenizer.length).mean())
+  if share:
+    _say(f"warning: {share:.0%} of the training captions are longer than "
+         f"text.length={tokenizer.length} tokens, and are cut; the longest takes {lengths.max()}")
 
 
 def _durations(config: ConfigDict, epoch_size: int | None):
@@ -220,6 +245,8 @@ def _hooks(
   if not isinstance(system, base.Sampler):
     return hooks
   pipeline, options = Pipeline(system, tokenizer, mesh), config.sample.options.to_dict()
+  if _is_scored(config, system):
+    check_judged(config, system, config.evaluate.pictures)
   if every or _is_scored(config, system):
     pipeline.check(run.plan.abstract_state.variables(ema=True), **options)
   if every:
@@ -265,11 +292,13 @@ def _say_parameters(run: Run) -> None:
   _say(parameter_overview.get_parameter_overview(params, max_lines=30, include_stats=False))
 
 
-def _export(config, workdir, system, state, step, tokenizer) -> Any:
+def _export(config, workdir, system, state, step, tokenizer, components) -> Any:
   """Writes the export and returns its variables, still on the devices."""
   variables = held_variables(system, state, ema=True)
   if is_primary():
-    path = export.write(str(workdir / "export"), config, step, on_host(variables), tokenizer)
+    path = export.write(
+      workdir / "export", config, step, on_host(variables), tokenizer, components
+    )
     _say(f"export written to {path}; draw with: python -m t2i_jax.sample --export={path} "
          "--prompt='...'")
   else:
@@ -296,6 +325,9 @@ def _score(config, workdir, pipeline: Pipeline) -> None:
     _say(f"drawn and scored in {time.monotonic() - started:.1f} s")
   if is_primary():
     (workdir / "scores" / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
+    tables = "\n\n".join(table(split, result) for split, result in scores.items())
+    notes = f"Judged by the data set's verifier:\n\n```\n{tables}\n```"
+    export.add_to_card(workdir / "export", notes)
 
 
 def _say(line: str) -> None:

@@ -5,7 +5,7 @@
   pictures = pipeline(["a large red circle at the top left"], seed=1)
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +58,12 @@ class Pipeline:
       mesh: devices along each axis; all of them along `data` by default.
 
     Raises:
-      UserError: for a folder that is no whole export.
+      UserError: for a folder that is no whole export, or whose networks are not this version's.
     """
     exported = export.read(path)
     devices = make_mesh(mesh or {"data": -1})
-    system = assembly.build_system(exported.config)
+    system = assembly.build_with(exported.config, exported.components)
+    _check_fits(system, exported)
     rules = parse_rules(exported.config.sharding.rules)
     placed = jax.device_put(exported.variables, shardings(exported.variables, rules, devices))
     return cls(system, exported.tokenizer, devices, placed, exported.config, exported.step)
@@ -72,13 +73,41 @@ class Pipeline:
     prompts: Sequence[str],
     seed: int = 0,
     *,
+    progress: Callable[[int], None] = lambda done: None,
+    **given: Any,
+  ) -> np.ndarray:
+    """Draws one picture a prompt.
+
+    Args:
+      prompts: n texts.
+      seed: of all draws.
+      progress: told how many pictures are done, after each batch.
+      **given: as for `batches`.
+
+    Returns:
+      uint8 [n, H, W, 3].
+
+    Raises:
+      UserError: as `batches`.
+    """
+    pictures, done = [], 0
+    for drawn in self.batches(prompts, seed, **given):
+      pictures.append(drawn)
+      done += len(drawn)
+      progress(done)
+    return np.concatenate(pictures)
+
+  def batches(
+    self,
+    prompts: Sequence[str],
+    seed: int = 0,
+    *,
     first: int = 0,
     batch_size: int = 64,
     variables: Any = None,
-    progress: Callable[[int], None] = lambda done: None,
     **options: Any,
-  ) -> np.ndarray:
-    """Draws one picture a prompt.
+  ) -> Iterator[np.ndarray]:
+    """Draws one picture a prompt, and hands over each batch as soon as it is there.
 
     Args:
       prompts: n texts.
@@ -87,11 +116,10 @@ class Pipeline:
         `fold_in(seed, first + i)`.
       batch_size: pictures drawn at a time, rounded up to what the devices take.
       variables: in place of the pipeline's own, such as those of a run.
-      progress: told how many pictures are done, after each batch.
       **options: of the system's sampler, such as `guidance` or `steps`.
 
-    Returns:
-      uint8 [n, H, W, 3].
+    Yields:
+      uint8 [at most batch_size, H, W, 3], n in all.
 
     Raises:
       UserError: for an option that the system does not have, or a seed or batch
@@ -107,18 +135,15 @@ class Pipeline:
     variables = self.variables if variables is None else variables
     shards = batch_shards(self.mesh)
     size = -(-min(batch_size, len(prompts)) // shards) * shards
-    pictures = []
-    with jax.set_mesh(self.mesh):
-      for start in range(0, len(prompts), size):
-        part = list(prompts[start : start + size])
-        text = self.tokenizer.encode(part + [""] * (size - len(part)))
-        indices = np.arange(first + start, first + start + size)
+    for start in range(0, len(prompts), size):
+      part = list(prompts[start : start + size])
+      text = self.tokenizer.encode(part + [""] * (size - len(part)))
+      indices = np.arange(first + start, first + start + size)
+      with jax.set_mesh(self.mesh):
         text, indices = self._put((text, indices))
         conditioning = self._condition(variables, {"text": {GROUP: text}})
         drawn = self._sample(variables, conditioning, jnp.uint32(seed), indices, chosen)
-        pictures.append(np.asarray(drawn)[: len(part)])
-        progress(start + len(part))
-    return np.concatenate(pictures)
+      yield np.asarray(drawn)[: len(part)]
 
   def check(self, variables: Any, **options: Any) -> None:
     """Traces, without compiling or drawing, what a call with these options would run.
@@ -143,6 +168,7 @@ class Pipeline:
     for prompt in prompts:
       lost = self.tokenizer.truncated(prompt)
       if lost is not None:
+        lost = lost if len(lost) <= 80 else f"{lost[:80]}..."
         lines.append(f"prompt '{prompt[:40]}...' is longer than the {self.tokenizer.length} tokens "
                      f"that the encoder takes: '{lost}' is cut off")
     return lines
@@ -158,3 +184,27 @@ class Pipeline:
     keys = base.picture_keys(seed, indices)
     images = self.system.sample(variables, conditioning, keys, options)
     return jnp.clip(jnp.round((images + 1.0) * 127.5), 0, 255).astype(jnp.uint8)
+
+
+def _check_fits(system: System, exported: export.Export) -> None:
+  """Raises UserError unless the export's arrays are those that its system has now."""
+  kept = lambda variables, names: {  # noqa: E731
+    kind: {name: tree for name, tree in groups.items() if name in names}
+    for kind, groups in variables.items()
+  }
+  frozen = kept(exported.variables, system.frozen_groups)
+  wanted = jax.eval_shape(
+    lambda batch, frozen: system.init(jax.random.key(0), batch, frozen),
+    assembly.abstract_batch(system, 2), frozen,
+  )  # fmt: skip
+  shapes = lambda variables: {  # noqa: E731
+    name: x.shape for name, x in export.flatten(kept(variables, system.ema_groups)).items()
+  }
+  wanted, given = shapes(wanted), shapes(exported.variables)
+  wrong = sorted(k for k in wanted | given if wanted.get(k) != given.get(k))
+  if wrong:
+    raise UserError(
+      f"the export {exported.path} does not fit its config: {len(wrong)} of {len(wanted)} arrays "
+      f"are missing, have no place or have another shape, such as {wrong[0]}; use the version of "
+      "t2i_jax that wrote it, or export its run again"
+    )

@@ -16,6 +16,7 @@ import t2i_jax
 from t2i_jax import assembly, export
 from t2i_jax.errors import UserError
 from t2i_jax.parallel.compiler_flags import compiler_options
+from t2i_jax.parallel.distributed import is_primary
 from t2i_jax.parallel.mesh import batch_sharding, make_mesh
 from t2i_jax.parallel.sharding import parse_rules, put, shardings
 from t2i_jax.systems import base
@@ -23,8 +24,9 @@ from t2i_jax.systems.base import System
 from t2i_jax.text.tokenizer import Tokenizer
 from t2i_jax.training import state as states
 from t2i_jax.training.checkpoint import Checkpoints
-from t2i_jax.training.optimizers import make_optimizer
+from t2i_jax.training.optimizers import make_optimizer, unmatched
 from t2i_jax.training.state import State
+from t2i_jax.training.writers import say
 
 
 @dataclasses.dataclass
@@ -65,6 +67,10 @@ class Plan:
       for player in system.players
     }
 
+    pairs = {tuple(p) for section in sections.values() for p in section["multipliers"]}
+    for pattern in unmatched(sorted(pairs), shapes):
+      _say(f"warning: optimizer.multipliers: no parameter's path has '{pattern}' in it")
+
     def initialise(batch, frozen) -> State:
       return states.create(system, optimizers, config.seed, batch, frozen, config.ema.decay > 0)
 
@@ -77,7 +83,6 @@ class Plan:
 
   def create(self, batch: Any, frozen: Mapping[str, Any]) -> State:
     """A fresh state, made in place on the devices."""
-    frozen = jax.device_put(frozen, self.shardings.frozen)
     platform = next(iter(self.shardings.step.device_set)).platform
     made = jax.jit(
       self.initialise, out_shardings=self.shardings, compiler_options=compiler_options(platform)
@@ -113,7 +118,8 @@ class Run:
   @classmethod
   def open(
     cls, config: ConfigDict, workdir: epath.Path, mesh: Mesh, system: System,
-    frozen: Mapping[str, Any], loader: Any, total: int, steps_of: Callable[[Any, str], int],
+    components: assembly.Components, loader: Any, total: int,
+    steps_of: Callable[[Any, str], int],
   ) -> "Run":
     """Restores a run or begins one, and puts the loader at its position.
 
@@ -125,12 +131,13 @@ class Run:
     Raises:
       UserError: for a checkpoint or export that does not fit.
     """
-    plan = Plan.make(config, mesh, system, frozen, total, steps_of)
+    plan = Plan.make(config, mesh, system, components.variables, total, steps_of)
     checkpoints = Checkpoints(
       workdir / "checkpoints", keep_last=config.checkpoint.keep_last,
       keep_every=steps_of(config.checkpoint.keep_every, "checkpoint.keep_every") or None,
     )
     run = cls(plan, 0, [], False, checkpoints, None, config.system)
+    frozen = _placed(components, plan, checkpoints)
     if checkpoints.latest_step() is not None:
       run._restore(checkpoints, frozen, loader)
     elif config.resume:
@@ -144,9 +151,9 @@ class Run:
         run._state = _initialised(run._state, system, export.read(config.init_from))
     return run
 
-  def save_frozen(self) -> None:
+  def save_frozen(self, components: assembly.Components) -> None:
     """Stores the frozen groups, once a run; before `take_state`."""
-    self.checkpoints.save_frozen(self._state.frozen)
+    self.checkpoints.save_frozen(self._state.frozen, {"components": components.about})
 
   def take_state(self) -> State:
     """The state, which the caller may donate; the run forgets it."""
@@ -169,9 +176,21 @@ class Run:
         f"the config's is {self._system!r}; choose another --workdir or config"
       )
     state = checkpoints.restore(step, self.plan.abstract_state.replace(frozen={}))
-    self._state = state.replace(frozen=jax.device_put(frozen, self.plan.shardings.frozen))
+    self._state = state.replace(frozen=frozen)
     self.step, self.window, self.hooks_due = step, meta["window"], meta["hooks_due"]
     loader.restore(meta["data"])
+
+
+def _placed(components: assembly.Components, plan: Plan, own: Checkpoints) -> Any:
+  """The components' variables on their devices."""
+  if components.held_by is None:
+    return jax.device_put(components.variables, plan.shardings.frozen)
+  if components.held_by == own.directory:
+    return own.restore_frozen(plan.abstract_state.frozen)
+  others = Checkpoints(components.held_by, read_only=True)
+  frozen = others.restore_frozen(plan.abstract_state.frozen)
+  others.close()
+  return frozen
 
 
 def _initialised(state: State, system: System, exported: export.Export) -> State:
@@ -191,8 +210,23 @@ def _initialised(state: State, system: System, exported: export.Export) -> State
                     f"{exported.config.system}")
   params = taken("params", state.params)
   collections = {kind: taken(kind, tree) for kind, tree in state.collections.items()}
-  ema = {g: jax.tree.map(jax.numpy.copy, params[g]) for g in state.ema}
-  return state.replace(params=params, ema=ema, collections=collections)
+  taken_groups = sorted(set(state.params) & set(exported.variables["params"]))
+  fresh = sorted(set(state.params) - set(taken_groups))
+  _say(f"init_from={exported.path}: takes {', '.join(taken_groups)}"
+       + (f"; starts {', '.join(fresh)} from scratch" if fresh else ""))
+  copied = lambda tree: jax.tree.map(jax.numpy.copy, tree)  # noqa: E731
+  return state.replace(
+    params=params, ema={g: copied(params[g]) for g in state.ema}, collections=collections,
+    ema_collections={
+      kind: {g: copied(collections[kind][g]) for g in groups}
+      for kind, groups in state.ema_collections.items()
+    },
+  )
+
+
+def _say(line: str) -> None:
+  if is_primary():
+    say(line)
 
 
 def _compare(path: Any, wanted: Mapping[str, Any], given: Mapping[str, Any]) -> None:
@@ -225,23 +259,24 @@ def on_host(tree: Any) -> Any:
 
 def restored_variables(
   workdir: epath.Path, step: int | None, ema: bool
-) -> tuple[ConfigDict, int, dict[str, Any], Tokenizer]:
-  """Config, step, exportable variables and tokenizer of a run, from its checkpoint.
+) -> tuple[ConfigDict, int, dict[str, Any], Tokenizer, dict[str, Any]]:
+  """Config, step, exportable variables, tokenizer and `Components.about` of a run's checkpoint.
 
   Raises:
     UserError: where there is no run, no such checkpoint, or a damaged one.
   """
   config = assembly.read_run_config(workdir)
   mesh = make_mesh({"data": -1})
-  components, frozen = assembly.load_components(config)
-  system = assembly.build_system(config, components)
+  components = assembly.load_components(config, workdir)
+  system = assembly.build_system(config, components.systems)
   tokenizer = Tokenizer.load(workdir / "tokenizer.json")
   checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
   step = checkpoints.latest_step() if step is None else step
   if step is None:
     raise UserError(f"no checkpoint in {checkpoints.directory} yet")
-  plan = Plan.make(config, mesh, system, frozen, 1, lambda value, key: 0)
+  plan = Plan.make(config, mesh, system, components.variables, 1, lambda value, key: 0)
   state = checkpoints.restore(step, plan.abstract_state.replace(frozen={}))
+  frozen = _placed(components, plan, checkpoints)
   checkpoints.close()
   variables = held_variables(system, state.replace(frozen=frozen), ema)
-  return config, step, on_host(variables), tokenizer
+  return config, step, on_host(variables), tokenizer, components.about

@@ -4,9 +4,12 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
+
 from t2i_jax import command
 from t2i_jax.errors import UserError
 
+GRID = 256  # pictures that the grid has at most
 COMMON = ("guidance", "steps", "solver")
 
 
@@ -72,7 +75,7 @@ def _sample(flags) -> None:
   prompts = _prompts(flags)
   if flags.count < 1:
     raise UserError(f"--count={flags.count} draws nothing; use 1 or more")
-  output = Path(flags.output)
+  output = Path(flags.output).expanduser()
   output.mkdir(parents=True, exist_ok=True)
   command.set_up_jax()
   from t2i_jax.pipeline import Pipeline
@@ -85,22 +88,24 @@ def _sample(flags) -> None:
   repeated = [prompt for prompt in prompts for _ in range(flags.count)]
   from tqdm import tqdm
 
+  first, done = [], 0
   with tqdm(total=len(repeated), unit="picture", disable=not sys.stderr.isatty()) as bar:
-    pictures = pipeline(
-      repeated, flags.seed, batch_size=flags.batch_size,
-      progress=lambda done: bar.update(done - bar.n), **options,
-    )
-  for i, (picture, prompt) in enumerate(zip(pictures, repeated, strict=True)):
-    save_picture(output / f"{i:05d}_{_slug(prompt)}.png", picture)
-  save_picture(output / "grid.png", prompt_grid(pictures, repeated))
-  print(f"{len(pictures)} pictures and grid.png in {output}")
+    # Each batch is on the disk before the next is drawn.
+    for drawn in pipeline.batches(repeated, flags.seed, batch_size=flags.batch_size, **options):
+      for picture in drawn:
+        save_picture(output / f"{done:05d}_{_slug(repeated[done])}.png", picture)
+        done += 1
+      first += list(drawn[: GRID - len(first)])
+      bar.update(len(drawn))
+  save_picture(output / "grid.png", prompt_grid(np.stack(first), repeated[: len(first)]))
+  print(f"{len(repeated)} pictures and grid.png in {output}")
 
 
 def _prompts(flags) -> list[str]:
   prompts = list(flags.prompt)
   if flags.prompts:
     try:
-      lines = Path(flags.prompts).read_text(encoding="utf-8").splitlines()
+      lines = Path(flags.prompts).read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
       raise UserError(f"--prompts={flags.prompts} cannot be read: {error.strerror}; give a text "
                       "file with a prompt on each line") from error

@@ -8,10 +8,11 @@ import sys
 
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 from runs import ROOT, TOY, config_of, saved_steps, train_on
 
-from t2i_jax import command, evaluate, export, main, sample
+from t2i_jax import assembly, command, evaluate, export, main, sample
 from t2i_jax.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("compiled_programs")
@@ -125,10 +126,18 @@ def starts(fails, workdir, *flags, config=TOY_CONFIG):
   (["--config.mesh.data=3"], "mesh (data=3) is for 3 devices, but there are 8"),
   (["--config.mesh.fsdp=3"], "3 does not divide the 8 devices"),
   (["--config.train.accumulate=3"], "train.batch_size=16 does not divide "
-   "into train.accumulate=3 microbatches; use a multiple of 3"),
+   "into train.accumulate=3 microbatches, each over 8 devices; use a multiple of 24"),
+  (["--config.train.accumulate=16"], "use a multiple of 128"),
   (["--config.train.duration=0"], "train.duration is 0, so there is nothing to train"),
   (["--config.train.duration=3 epochs"], "this data set is made on the fly and has no epochs"),
   (["--config.optimizer.name=adm"], "unknown optimizer.name 'adm'; did you mean 'adam'?"),
+  (["--config.optimizer.multipliers=abc"], "'abc' is no pair of a regular expression and a factor"),
+  (["--config.optimizer.multipliers=(('a', 'x'),)"], "the factor 'x' is no number"),
+  (["--config.optimizer.multipliers=(('(', 1.0),)"], "'(' is not a regular expression"),
+  (["--config.train.duration=3000000000"], "is 3e+09 steps; a run has at most 2147483647"),
+  (["--config.optimizer.warmup=10000000000"], "is 1e+10 steps; a run has at most 2147483647"),
+  (["--config.evaluate.pictures=4"], "pictures are 16 by 16"),
+  (["--config.evaluate.pictures=1"], "pictures=1: judge 2 or more"),
   (["--config.players.painter.learning_rate=1"], "unknown player of toy 'painter'"),
   (["--config.sharding.rules=(('.*', 'fsdpp'),)"], "unknown sharding rule 'fsdpp'"),
   (["--config.sample.options.mode=odd"], "mode=odd cannot be drawn"),
@@ -210,7 +219,7 @@ def test_a_work_directory_of_another_run_is_left_alone(run, fails, tmp_path):
   message = fails(main, TOY_CONFIG, f"--workdir={workdir}", "--config.optimizer.b1=0.5")
   assert message.startswith(
     f"--workdir={workdir} holds another run: its optimizer.b1 is 0.9, this config's is 0.5; choose "
-    "another --workdir, or delete it"
+    f"another --workdir (to go on from that run with this config, add --config.resume={workdir})"
   )
   message = fails(main, QUICKSTART, f"--workdir={workdir}")
   assert "holds another run" in message and " more; choose another --workdir" in message
@@ -235,7 +244,7 @@ def test_a_checkpoint_or_export_of_another_system(run, fails, tmp_path):
   message = starts(fails, tmp_path / "d", f"--config.init_from={run / 'export'}", config=QUICKSTART)
   assert "does not fit this config" in message
   message = starts(fails, tmp_path / "e", "--config.text.length=20", f"--config.resume={run}")
-  assert "takes prompts of 16 tokens, the config has text.length=20; set it to the same" in message
+  assert "takes prompts of 40 tokens, the config has text.length=20; set it to the same" in message
 
 
 def test_a_damaged_checkpoint_says_how_to_go_on(run, fails, tmp_path):
@@ -267,7 +276,7 @@ def test_exports_that_are_not_whole(run, exported, fails):
     (exported / name).write_bytes(content)
   about = json.loads((exported / "config.json").read_text())
   for change, message in (
-    ({"format": 99}, "has export format 99, this version reads 1"),
+    ({"format": 99}, "has export format 99, this version reads 2"),
     ({"config": {}}, "its config has no section"),
     ({"config": {**about["config"], "system": "toi"}}, "unknown system 'toi'"),
     ({"step": None}, "is not an export's (TypeError"),
@@ -318,8 +327,8 @@ def test_prompts_are_drawn_and_what_is_cut_of_them_is_said(run, tmp_path, capfd)
   ]
   assert out == f"6 pictures and grid.png in {tmp_path / 'out'}\n"
   (line,) = [line for line in err.splitlines() if line.startswith("warning: ")]
-  assert "is longer than the 16 tokens that the encoder takes: '" in line
-  assert line.endswith("small red circle' is cut off")
+  assert "is longer than the 40 tokens that the encoder takes: '" in line
+  assert line.endswith("small red circle a...' is cut off") and len(line) < 300
   assert Image.open(tmp_path / "out" / names[0]).size == (16, 16)
 
 
@@ -356,12 +365,76 @@ def test_export_of_any_checkpoint(run, tmp_path, capsys):
   assert capsys.readouterr().out == f"{tmp_path / 'new'}\n"
   for name in ("variables.safetensors", "tokenizer.json"):
     assert (tmp_path / "new" / name).read_bytes() == (run / "export" / name).read_bytes()
-  export.main([f"--workdir={run}", f"--output={tmp_path / 'new'}", "--step=1", "--no-ema"])
-  again = export.read(tmp_path / "new")
-  assert again.step == 1
-  old = export.read(run / "export").variables["params"]["drawer"]["out"]["kernel"]
-  assert not np.array_equal(again.variables["params"]["drawer"]["out"]["kernel"], old)
+  assert "| weights | moving average, decay" in (tmp_path / "new" / "README.md").read_text()
+  kernel = lambda path: export.read(path).variables["params"]["drawer"]["out"]["kernel"]  # noqa: E731
+  averaged = kernel(tmp_path / "new")
+  export.main([f"--workdir={run}", f"--output={tmp_path / 'new'}", "--no-ema"])
+  last = kernel(tmp_path / "new")
+  assert export.read(tmp_path / "new").step == 2 and not np.array_equal(last, averaged)
+  assert "not averaged" in (tmp_path / "new" / "README.md").read_text()
+  export.main([f"--workdir={run}", f"--output={tmp_path / 'new'}", "--step=1"])
+  assert export.read(tmp_path / "new").step == 1
+  assert not np.array_equal(kernel(tmp_path / "new"), averaged)
   assert {path.name for path in tmp_path.iterdir()} == {"new"}
+
+
+def test_an_export_whose_networks_are_not_these(exported, fails, tmp_path):
+  about = json.loads((exported / "config.json").read_text())
+  about["config"]["model"]["width"] = 24
+  (exported / "config.json").write_text(json.dumps(about))
+  message = fails(sample, f"--export={exported}", "--prompt=a ring", f"--output={tmp_path / 'out'}")
+  assert re.search(r"does not fit its config: \d of \d+ arrays .* such as params/drawer/", message)
+
+
+def test_scores_are_written_into_the_model_card(exported):
+  export.add_to_card(exported, "Judged: 1 %")
+  card = (exported / "README.md").read_text()
+  assert card.startswith("# toy") and card.endswith("\n\nJudged: 1 %\n")
+  export.read(exported)
+
+
+def test_shuffled_captions_are_another_picture_s():
+  captions = [f"caption {i}" for i in range(7)]
+  shuffled = evaluate.derangement(captions)
+  assert sorted(shuffled) == captions
+  assert all(a != b for a, b in zip(captions, shuffled, strict=True))
+
+
+def test_two_processes_do_not_train_in_one_place(fails, tmp_path):
+  with assembly.locked(epath.Path(tmp_path)):
+    message = starts(fails, tmp_path)
+  assert message.startswith(f"another process is training in --workdir={tmp_path}")
+
+
+def test_an_export_that_is_fine_tuned_says_what_it_gives(run, tmp_path, capfd):
+  config = config_of(TOY, train__duration=1, sample__every=0, evaluate__every=0,
+                     init_from=run / "export")
+  train_on(config, tmp_path / "fine")
+  assert "takes drawer, text_encoder; starts critic from scratch" in capfd.readouterr().err
+
+
+def test_each_batch_is_on_the_disk_before_the_next_is_drawn(run, tmp_path, monkeypatch):
+  seen = []
+  pipeline = sys.modules["t2i_jax.pipeline"].Pipeline
+
+  def batches(self, prompts, seed, **options):
+    for drawn in original(self, prompts, seed, **options):
+      yield drawn
+      seen.append(len(list(tmp_path.glob("0*.png"))))
+
+  original = pipeline.batches
+  monkeypatch.setattr(pipeline, "batches", batches)
+  sample.main([f"--export={run / 'export'}", "--prompt=a ring", "--count=20", "--batch-size=8",
+               f"--output={tmp_path}"])
+  assert seen == [8, 16, 20]
+  assert (tmp_path / "grid.png").exists()
+
+
+def test_long_captions_are_said_once_at_the_start(tmp_path, capfd):
+  train_on(config_of(TOY, train__duration=1, sample__every=0, evaluate__every=0, text__length=9),
+           tmp_path)
+  err = capfd.readouterr().err
+  assert re.search(r"warning: \d+% of the training captions are longer than text.length=9", err)
 
 
 def test_a_full_disk_leaves_the_old_export_whole(run, exported, fails, monkeypatch):

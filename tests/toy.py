@@ -31,7 +31,7 @@ def get_config(arg=None):
   systems.SYSTEMS["toy"] = "toy:Toy"
   config = recipe.base("toy", arg.dataset)
   config.model.update(choose("size", arg.size, SIZES))
-  config.text.update(width=16, layers=1, heads=2, length=16, vocab_size=300)
+  config.text.update(width=16, layers=1, heads=2, length=40, vocab_size=300)
   config.train.update(duration="6 steps", batch_size=16)
   config.optimizer.update(learning_rate=1e-2, schedule="cosine", warmup="2 steps")
   config.checkpoint.every = "2 steps"
@@ -102,12 +102,16 @@ class Toy(base.System):
   def ema_groups(self):
     return (*self.text.groups, "drawer")
 
+  @property
+  def frozen_groups(self):
+    return self.text.frozen_groups
+
   def batch_spec(self):
     return {"image": Field((SIDE, SIDE, 3), "uint8"), **self.text.batch_spec()}
 
   def init(self, rng, batch, frozen=base.NO_VARIABLES):
     text = self.text.init(base.fold_name(rng, "text_encoder"), batch)
-    pooled = self.text(text, batch).pooled
+    pooled = self.text(base.merge(text, frozen), batch).pooled
     drawer = self.drawer.init(base.fold_name(rng, "drawer"), _with_noise(rng, pooled))
     critic = self.critic.init(
       base.fold_name(rng, "critic"), _features(base.normalize_images(batch["image"]), pooled), True

@@ -79,11 +79,11 @@ class DDIM:
 
 def make_solver(name: str, eta: float = 0.0, variance: str = "small") -> Solver:
   """The solver of a name; UserError for another."""
-  if name == "ddpm":
-    return Ancestral(variance)
-  if name == "ddim":
-    return DDIM(eta)
-  raise unknown("solver", name, ("ddpm", "ddim"))
+  # Both are checked, whichever is asked for: a mistyped option is not without effect by design.
+  solvers = {"ddpm": Ancestral(variance), "ddim": DDIM(eta)}
+  if name not in solvers:
+    raise unknown("solver", name, solvers)
+  return solvers[name]
 
 
 def spaced_times(process_steps: int, steps: int) -> np.ndarray:

@@ -66,6 +66,8 @@ def build(
   encoder = components.pop("text_encoder", None)
   if config["text"].get("encoder") == "component" and encoder is None:
     raise UserError("text.encoder=component needs components.text_encoder=PATH of its export")
+  if encoder is not None:
+    base.require(encoder, base.TextEncoder, "components.text_encoder")
   text = TextConditioner(**config["text"], component=encoder, dtype=dtype)
   built: dict[str, Any] = {"text": text, "dtype": dtype}
   if components:

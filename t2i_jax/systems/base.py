@@ -241,6 +241,36 @@ def check_positive(section: str, values: Any, *names: str) -> None:
       raise UserError(f"{section}.{name}={value}: use 1 or more")
 
 
+def check_levels(values: Any, always: tuple[int, ...] = (), positions: bool = False) -> None:
+  """Raises UserError unless levels divide into groups, and those that attend into heads.
+
+  Args:
+    values: with `channels`, `multipliers`, `groups`, `attention_levels` and `head_channels`.
+    always: levels that attend besides.
+    positions: whether attention has two-dimensional positions, which come in fours.
+  """
+  for multiplier in values.multipliers:
+    if values.channels * multiplier % values.groups:
+      raise UserError(
+        f"model.groups={values.groups} does not divide the {values.channels * multiplier} channels "
+        "of a level; change one of them"
+      )
+  for level in values.attention_levels:
+    if not 0 <= level < len(values.multipliers):
+      raise UserError(
+        f"model.attention_levels={values.attention_levels} names level {level}, "
+        f"of levels 0 to {len(values.multipliers) - 1}"
+      )
+  for level in {*values.attention_levels, *always}:
+    width = values.channels * values.multipliers[level]
+    if width % min(values.head_channels, width) or (positions and width % 4):
+      raise UserError(
+        f"the {width} channels of level {level} attend, and do not divide by "
+        f"model.head_channels={values.head_channels}{' or, for positions, by 4' * positions}; "
+        "change one of them"
+      )
+
+
 def require(system: System, capability: type, what: str) -> None:
   """Raises UserError unless `system` has the capability that `what` needs."""
   if not isinstance(system, capability):
@@ -305,4 +335,7 @@ def make_options(system: type[System] | System, overrides: Mapping[str, Any]) ->
   for name in overrides:
     if name not in valid:
       raise unknown("sampling option", name, valid)
+    value = overrides[name]
+    if isinstance(value, float) and not abs(value) <= float(jnp.finfo(jnp.float32).max):
+      raise UserError(f"sampling option {name}={value} is no number that a device can hold")
   return system.Options(**overrides)

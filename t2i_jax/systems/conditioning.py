@@ -65,6 +65,8 @@ class TextConditioner:
       raise UserError(
         f"text.heads={self.heads} does not divide text.width={self.width}; change one of them"
       )
+    if self.encoder == "bilstm" and self.width < 2:
+      raise UserError(f"text.width={self.width} cannot be shared by two directions; use 2 or more")
     if self.encoder == "precomputed" and self.null_embedding is None:
       raise UserError("text.encoder=precomputed needs the features of the empty caption too")
 

@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
+from etils import epath
 
 from t2i_jax.errors import UserError
 
@@ -52,6 +53,10 @@ class Tokenizer:
       mask[row, : len(tokens)] = True
     return {"ids": ids, "mask": mask}
 
+  def lengths(self, captions: Sequence[str]) -> np.ndarray:
+    """Tokens int [n] that n captions have, markers included, before any is cut."""
+    return np.array([2 + len(e.ids) for e in self._backend.encode_batch(list(captions))], int)
+
   def truncated(self, caption: str) -> str | None:
     """What is cut off the end of `caption`, or None when it fits."""
     encoding = self._backend.encode(caption)
@@ -83,14 +88,14 @@ class Tokenizer:
     return tokenizer
 
   @classmethod
-  def load(cls, path: Path) -> "Tokenizer":
+  def load(cls, path: str | os.PathLike) -> "Tokenizer":
     """Reads a tokenizer file.
 
     Raises:
       UserError: where there is none, or another file's content.
     """
     try:
-      return cls.from_json(Path(path).read_text(encoding="utf-8"))
+      return cls.from_json(epath.Path(path).read_text())
     except FileNotFoundError:
       raise UserError(f"no tokenizer at {path}; the folder is not whole") from None
     except OSError as error:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Set
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
@@ -111,12 +112,22 @@ class Checkpoints:
     """Whether the frozen groups are stored."""
     return (self.directory / "frozen").exists() and bool(self._frozen_series().steps())
 
-  def save_frozen(self, tree: Any) -> None:
-    """Stores the frozen groups, waiting until they are whole; does nothing if they are stored."""
+  def save_frozen(self, tree: Any, meta: Mapping[str, Any]) -> None:
+    """Stores the frozen groups, waiting until they are whole; does nothing if they are stored.
+
+    Args:
+      tree: pytree of jax arrays; an empty one is not stored.
+      meta: JSON values that say what they are.
+    """
     if not jax.tree.leaves(tree) or self._frozen_series().steps():
       return
-    self._frozen_series().save(0, tree, {})
+    self._frozen_series().save(0, tree, meta)
     self._frozen_series().wait()
+
+  def describe_frozen(self) -> tuple[dict[str, Any], dict[str, jax.ShapeDtypeStruct]]:
+    """The meta of the stored frozen groups, and their arrays' shapes by "/"-joined path."""
+    about = self._frozen_series().description(0)
+    return about["meta"], {name: _spec(text) for name, text in about["leaves"].items()}
 
   def restore_frozen(self, abstract: Any) -> Any:
     """Loads the frozen groups onto the shardings of `abstract`; errors as `restore`."""
@@ -293,6 +304,12 @@ def _leaves(tree: Any) -> dict[str, str]:
   return {jax.tree_util.keystr(path, simple=True, separator="/"):
           f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
           for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def _spec(text: str) -> jax.ShapeDtypeStruct:
+  """The inverse of a leaf's text, "float32[3,4]"."""
+  dtype, _, shape = text.rstrip("]").partition("[")
+  return jax.ShapeDtypeStruct(tuple(int(n) for n in shape.split(",") if n), jnp.dtype(dtype))
 
 
 def _some(title: str, names: Set[str], say: Callable[[str], str] = lambda name: "") -> str:

@@ -199,7 +199,7 @@ def _check_finite(step: int, values: Mapping[str, Any]) -> None:
   raise UserError(
     f"step {step} is not finite ({', '.join(seen) or ', '.join(names) + ': collections'}); the "
     "checkpoints before it stand; lower the learning rate, clip gradients, or look at the data "
-    "of that step"
+    "of that step, and go on from them with --config.resume=THIS_WORKDIR and another --workdir"
   )
 
 

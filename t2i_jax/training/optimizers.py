@@ -155,15 +155,27 @@ def _leaf_name(path: tuple) -> str:
   return path_text(path).rpartition("/")[2]
 
 
+def unmatched(multipliers: Sequence[tuple[str, float]], params: Any) -> list[str]:
+  """The patterns of `multipliers` that no parameter's path fits."""
+  paths = [path_text(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+  return [p for p, _ in multipliers if not any(re.search(p, path) for path in paths)]
+
+
 def _factors(multipliers: Sequence[tuple[str, float]], params: Any) -> Any:
   """The learning rate's factor of each parameter."""
   pairs = []
-  for pattern, factor in multipliers:
+  for pair in multipliers:
+    if isinstance(pair, str) or len(pair) != 2:
+      raise UserError(f"optimizer.multipliers: {pair!r} is no pair of a regular expression and a"
+                      " factor; write (('text_encoder/', 0.1),)")
+    pattern, factor = pair
     try:
       pairs.append((re.compile(pattern), float(factor)))
     except re.error as error:
       raise UserError(f"optimizer.multipliers: '{pattern}' is not a regular expression"
                       f" ({error})") from error
+    except ValueError as error:
+      raise UserError(f"optimizer.multipliers: the factor {factor!r} is no number") from error
 
   def one(path, leaf):
     return next((f for pattern, f in pairs if pattern.search(path_text(path))), 1.0)

@@ -25,6 +25,8 @@ class State:
     optimizer: optax state by player.
     updates: int32, updates done, by player.
     collections: `{collection: {group: tree}}` of trained groups.
+    ema_collections: the same that belong to the moving averages, not to the
+      parameters themselves: statistics of what averaged networks compute.
     frozen: variables of the groups that components brought. They are stored
       once a run and not in its checkpoints.
   """
@@ -35,12 +37,14 @@ class State:
   optimizer: dict[str, Any]
   updates: dict[str, jax.Array]
   collections: dict[str, dict[str, Any]]
+  ema_collections: dict[str, dict[str, Any]]
   frozen: dict[str, dict[str, Any]]
 
   def variables(self, ema: bool = False) -> dict[str, dict[str, Any]]:
     """All variables, as systems take them; with `ema`, averages where they exist."""
     params = {**self.params, **(self.ema if ema else {})}
-    return base.merge(self.collections, {"params": params}, self.frozen)
+    averaged = self.ema_collections if ema else {}
+    return base.merge(self.collections, averaged, {"params": params}, self.frozen)
 
 
 def create(
@@ -65,17 +69,22 @@ def create(
   variables = base.merge(system.init(rng, batch, frozen))
   params = variables.pop("params")
   _check_groups(system, params, frozen)
+  # Copies: a donated state must not hold one buffer twice.
+  copied = lambda groups: jax.tree.map(  # noqa: E731
+    jnp.copy, {name: groups[name] for name in system.ema_groups if name in groups}
+  )
+  averaged = {kind: copied(groups) for kind, groups in variables.items()} if average else {}
   return State(
     step=jnp.zeros((), jnp.int32),
     params=params,
-    # A copy: a donated state must not hold one buffer twice.
-    ema=jax.tree.map(jnp.copy, {g: params[g] for g in system.ema_groups}) if average else {},
+    ema=copied(params) if average else {},
     optimizer={
       player.name: optimizers[player.name].init({g: params[g] for g in player.trains})
       for player in system.players
     },
     updates={player.name: jnp.zeros((), jnp.int32) for player in system.players},
     collections=variables,
+    ema_collections={kind: groups for kind, groups in averaged.items() if groups},
     frozen=frozen,
   )
 

@@ -14,6 +14,9 @@ from t2i_jax.systems import base
 from t2i_jax.systems.base import Aux, Batch, Player, System
 from t2i_jax.training.state import State
 
+# Steps between two forward passes of the averaged networks, for statistics of their own.
+STATISTICS_EVERY = 4
+
 Array = jax.Array
 Metrics = dict[str, Array]
 
@@ -54,6 +57,7 @@ def make_step(
     rng = jax.random.fold_in(jax.random.key(options.seed), state.step)
     move = _simultaneous if system.simultaneous else _alternating
     state, metrics = move(system, optimizers, options, state, batch, rng)
+    state = _with_statistics(system, options, state, batch, rng)
     metrics["finite"] = jnp.all(
       jnp.stack([v for k, v in metrics.items() if k.endswith("/finite")])
     )
@@ -83,15 +87,28 @@ def check_accumulation(system: System, accumulate: int) -> list[str]:
   return warnings
 
 
-def check_division(system: System, batch_size: int, accumulate: int) -> None:
-  """Raises UserError unless a batch divides into every player's repeats and microbatches."""
+def check_division(system: System, batch_size: int, accumulate: int, shards: int = 1) -> None:
+  """Raises UserError unless a batch divides into every player's repeats and microbatches.
+
+  Args:
+    system: whose players they are.
+    batch_size, accumulate: of the config.
+    shards: parts into which the devices split each of them.
+  """
   for player in system.players:
     parts = player.repeats * accumulate
-    if batch_size % parts:
-      repeats = f" in each of the {player.name}'s {player.repeats} updates"
+    repeats = f" in each of the {player.name}'s {player.repeats} updates"
+    cut = f"train.accumulate={accumulate} microbatches{repeats if player.repeats > 1 else ''}"
+    if batch_size % (parts * shards):
+      over = f", each over {shards} devices" if shards > 1 else ""
       raise UserError(
-        f"train.batch_size={batch_size} does not divide into train.accumulate={accumulate} "
-        f"microbatches{repeats if player.repeats > 1 else ''}; use a multiple of {parts}"
+        f"train.batch_size={batch_size} does not divide into {cut}{over}; use a multiple of "
+        f"{parts * shards}"
+      )
+    if player.couples_examples != "no" and batch_size == parts:
+      raise UserError(
+        f"the {player.name}'s loss compares the examples of a batch, and there is one in each of "
+        f"{cut}; use a larger train.batch_size"
       )
 
 
@@ -200,6 +217,37 @@ def _averaged(ema, trained, count: Array, options: StepOptions) -> dict[str, Any
   return jax.tree.map(
     lambda old, new: old + (1.0 - decay) * (new - old), {g: ema[g] for g in groups}, groups
   )
+
+
+def _with_statistics(
+  system: System, options: StepOptions, state: State, batch: Batch, rng: Array
+) -> State:
+  """Now and then the averaged networks see a batch, for collections that belong to them.
+
+  A running mean of what the networks in training compute is not what their average computes: noise
+  that has averaged out of the parameters is still in it (Brock et al. 2019, appendix D, recompute
+  the statistics for the same reason). Of the losses only the forward pass up to the collections
+  stays in the program.
+  """
+  if not jax.tree.leaves(state.ema_collections):
+    return state
+
+  def see(state: State) -> State:
+    part = _slice(batch, options.accumulate, 0, "train.accumulate")
+    variables, seen = state.variables(ema=True), state.ema_collections
+    if system.simultaneous:
+      losses = [system.joint_losses]
+    else:
+      losses = [player.loss for player in system.players]
+    for loss in losses:
+      _, aux = loss(variables, part, rng, state.step)
+      for kind, groups in aux.collections.items():
+        held = {n: tree for n, tree in groups.items() if n in seen.get(kind, {})}
+        seen = base.merge(seen, {kind: held})
+    return state.replace(ema_collections=seen)
+
+  due = state.step % STATISTICS_EVERY == 0
+  return every(STATISTICS_EVERY, due, see, lambda state: state, state)
 
 
 def _simultaneous(system, optimizers, options, state, batch, rng):

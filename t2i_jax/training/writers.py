@@ -30,6 +30,9 @@ class MetricWriter(Protocol):
   def truncate_after(self, step: int) -> None:
     """Forgets what was written for steps after `step`; called before the first write."""
 
+  def flush(self) -> None:
+    """Makes sure that what was written is there when the process is killed."""
+
   def close(self) -> None:
     """Flushes and releases files."""
 
@@ -38,11 +41,19 @@ class JsonLines:
   """`metrics.jsonl`: a line `{"step": 100, "time": 1.7e9, "loss": 0.5}` a write.
 
   A value that is not finite is null, so that every line is valid JSON. Pictures are not written.
+
+  On a store such as `gs://`, where nothing can be appended to, the file is written again as a
+  whole: at most once in `SECONDS`, when it is flushed and at the end.
   """
+
+  SECONDS = 60.0
 
   def __init__(self, path: str | epath.PathLike):
     self.path = epath.Path(path)
     self._file: Any = None
+    self._remote = "://" in os.fspath(self.path)
+    self._lines: list[str] | None = None  # of a remote file, with those that are not yet there
+    self._written = -math.inf
 
   def scalars(self, step: int, values: Mapping[str, float]) -> None:
     self._write(step, {name: _json_number(value) for name, value in values.items()})
@@ -59,18 +70,36 @@ class JsonLines:
     if not self.path.exists():
       return
     kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
+    if self._remote:
+      self._lines = kept
+      return
     beside = self.path.with_name(self.path.name + ".tmp")
     beside.write_text("".join(f"{line}\n" for line in kept))
     beside.replace(self.path)
 
+  def flush(self) -> None:
+    if self._remote and self._lines is not None:
+      self._upload()
+
   def close(self) -> None:
+    self.flush()
     if self._file is not None:
       self._file.close()
       self._file = None
 
+  def _upload(self) -> None:
+    self.path.parent.mkdir(parents=True, exist_ok=True)
+    self.path.write_text("".join(f"{line}\n" for line in self._lines))
+    self._written = time.monotonic()
+
   def _write(self, step: int, values: dict[str, Any]) -> None:
     line = json.dumps({"step": int(step), "time": round(time.time(), 3), **values})
     try:
+      if self._remote:
+        self._lines = [*self._lines, line] if self._lines else [line]
+        if time.monotonic() - self._written >= self.SECONDS:
+          self._upload()
+        return
       if self._file is None:
         self._file = self.path.open("a")
       self._file.write(line + "\n")
@@ -110,6 +139,10 @@ class TensorBoard:
     """TensorBoard then hides the events of later steps; the old files stay."""
     self._purge_step = step + 1
 
+  def flush(self) -> None:
+    if self._writer is not None:
+      self._writer.flush()
+
   def close(self) -> None:
     if self._writer is not None:
       self._writer.close()
@@ -133,6 +166,9 @@ class Terminal:
     say(f"step {step}: {name}: {text}")
 
   def truncate_after(self, step: int) -> None:
+    pass
+
+  def flush(self) -> None:
     pass
 
   def close(self) -> None:
@@ -178,6 +214,11 @@ class Writers:
     """After a restore of `step` and before any write: each step then appears once."""
     for writer in self._writers:
       writer.truncate_after(step)
+
+  def flush(self) -> None:
+    """Before a checkpoint, so that a run that goes on from it has all the lines before it."""
+    for writer in self._writers:
+      writer.flush()
 
   def close(self) -> None:
     for writer in self._writers:

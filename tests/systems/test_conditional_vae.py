@@ -157,9 +157,13 @@ def test_bound_improves(likelihood, variables):
 
 
 @pytest.mark.parametrize(
-  "wrong", [{"likelihood": "gausian"}, {"resolution": 10}, {"groups": 3}, {"beta": -1.0}]
+  "wrong",
+  [
+    {"likelihood": "gausian"}, {"resolution": 10}, {"groups": 3}, {"beta": -1.0},
+    {"attention_levels": (7,)}, {"head_channels": 3},
+  ],
 )
 def test_wrong_settings_are_named(wrong):
   (name,) = wrong
-  with pytest.raises(UserError, match=f"model.{name}"):
+  with pytest.raises(UserError, match=f"model.{name}="):
     dataclasses.replace(SYSTEM, **wrong)

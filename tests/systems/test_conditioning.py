@@ -166,6 +166,7 @@ def test_what_text_is_read_of_a_batch():
     ({"drop": 1.5}, "text.drop=1.5"),
     ({"width": 10, "heads": 4}, "text.heads=4 does not divide text.width=10"),
     ({"encoder": "precomputed"}, "empty caption"),
+    ({"encoder": "bilstm", "width": 1}, "text.width=1 cannot be shared"),
   ],
 )
 def test_what_makes_no_conditioner_is_one_line(values, message):

@@ -256,8 +256,12 @@ def test_a_draft_is_trained_by_its_own_error_and_read_by_the_denoiser():
   assert np.all(np.abs(after / before - 1) > 1e-6)
   given = jax.jit(system.condition)(variables, batch)
   assert given.extra["layout"].shape[:3] == given.null.extra["layout"].shape[:3] == (8, 2, 2)
-  # The empty caption has a draft too, the same for all.
-  np.testing.assert_array_equal(given.null.extra["layout"][0], given.null.extra["layout"][1])
+  # The empty caption has a draft too, the same for all; others have their own.
+  layout, null, ids = given.extra["layout"], given.null.extra["layout"], batch["text"]
+  ids = ids["text_encoder"]["ids"]
+  other = next(i for i in range(1, 8) if (ids[i] != ids[0]).any())
+  np.testing.assert_array_equal(null[0], null[other])
+  assert np.abs(layout[0] - layout[other]).max() > 1e-3 < np.abs(layout[0] - null[0]).max()
   keys = base.picture_keys(0, jnp.arange(8))
   assert system.sample(variables, given, keys, Options(steps=1)).shape == (8, 8, 8, 3)
 
@@ -272,6 +276,7 @@ def test_a_draft_is_trained_by_its_own_error_and_read_by_the_denoiser():
     ({"weighting": "snr"}, "unknown diffusion weighting"),
     ({"density": "even"}, "unknown timestep density"),
     ({"time_shift": 0.0}, "model.time_shift=0.0 is not positive"),
+    ({"dropout": 1.0}, "model.dropout=1.0 is out of range"),
     ({"resolution": 9}, "does not divide by 2"),
     ({"groups": 3}, "model.groups=3 does not divide"),
     ({"attention_levels": (1,)}, "names level 1"),
@@ -283,6 +288,24 @@ def test_what_makes_no_system_is_one_line(values, message):
   with pytest.raises(UserError, match=message) as caught:
     dataclasses.replace(SYSTEM, **values)
   assert "\n" not in str(caught.value)
+
+
+def test_the_bound_of_the_weighting_reaches_the_loss():
+  narrow, wide = (
+    dataclasses.replace(SYSTEM, weighting="min_snr", weighting_bound=bound) for bound in (2.0, 9.0)
+  )
+  snr = jnp.asarray([1.0, 5.0, 100.0])
+  np.testing.assert_allclose(narrow.weight(snr), [1, 2, 2])
+  np.testing.assert_allclose(wide.weight(snr), [1, 5, 9])
+
+
+def test_options_that_a_solver_does_not_read_are_checked_too(moved):
+  given = moved, CONDITION(moved, make_batch(2)), base.picture_keys(0, jnp.arange(2))
+  with pytest.raises(UserError, match="ancestral variance 'larg'"):
+    SYSTEM.sample(*given, Options(steps=1, solver="ddim", variance="larg"))
+  for value in (1e39, float("nan"), float("-inf")):
+    with pytest.raises(UserError, match="no number that a device can hold"):
+      base.make_options(SYSTEM, {"guidance": value})
 
 
 def test_sigma_data_and_density_spread_reach_the_mathematics():

@@ -129,8 +129,8 @@ def test_frozen_groups_are_stored_once(directory):
   assert not checkpoints.has_frozen()
   with pytest.raises(UserError, match="no frozen groups"):
     checkpoints.restore_frozen(abstract(frozen))
-  checkpoints.save_frozen(frozen)
-  checkpoints.save_frozen(jax.tree.map(jnp.zeros_like, frozen))
+  checkpoints.save_frozen(frozen, {"of": "this"})
+  checkpoints.save_frozen(jax.tree.map(jnp.zeros_like, frozen), {})
   assert checkpoints.has_frozen()
   placed = sharded(frozen, 2)
   assert_same(checkpoints.restore_frozen(abstract(placed)), frozen, placed)

@@ -360,3 +360,57 @@ def test_a_batch_must_divide_into_repeats_and_microbatches():
   with pytest.raises(UserError, match="microbatches in each of the b's 3 updates; use a multiple "
                                       "of 6"):
     check_division(system, 8, 2)
+
+
+def test_a_microbatch_is_as_large_as_the_devices_and_the_loss_ask():
+  system = Fake((linear("a", couples_examples="approximate"),), params(a=0))
+  check_division(system, 16, 2, shards=8)
+  with pytest.raises(UserError, match="each over 8 devices; use a multiple of 32"):
+    check_division(system, 16, 4, shards=8)
+  with pytest.raises(UserError, match="compares the examples of a batch, and there is one"):
+    check_division(system, 4, 4)
+  check_division(Fake((linear("a"),), params(a=0)), 4, 4)
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["alternating", "simultaneous"])
+def test_the_average_has_collections_of_its_own(together):
+  """Every fourth step, of what the averaged parameters compute, from their own last value."""
+
+  def loss(variables, batch, rng, step):
+    (a,) = of(variables, "a")
+    seen = {g: {"mean": 0.5 * (variables["seen"][g]["mean"] + a + batch["x"][0])} for g in "ab"}
+    return a + of(variables, "b")[0], Aux({}, {"seen": seen})
+
+  def joint(variables, batch, rng, step):
+    value, aux = loss(variables, batch, rng, step)
+    return {"both": value}, aux
+
+  start = params(a=1, b=1) | {"seen": {g: {"mean": np.float32(0)} for g in "ab"}}
+  system = Fake((Player("both", ("a", "b"), loss),), start, averaged=("a",),
+                joint=joint if together else None)
+  step, state = prepared(system, ema_decay=0.9, ema_warmup=False)
+  # No copy of what is not averaged.
+  assert set(state.ema_collections["seen"]) == {"a"}
+  expected = 0.0
+  for i in range(6):
+    state, _ = step(state, rows(i, 7))
+    if i % 4 == 0:
+      expected = 0.5 * (expected + state.ema["a"]["w"] + i)
+    seen = state.variables(ema=True)["seen"]
+    assert seen["a"]["mean"] == pytest.approx(float(expected))
+    assert seen["b"]["mean"] == state.collections["seen"]["b"]["mean"]
+    assert abs(state.variables()["seen"]["a"]["mean"] - expected) > 1e-3 or i == 0
+
+
+def test_collections_of_the_average_come_from_one_microbatch():
+  def loss(variables, batch, rng, step):
+    (a,) = of(variables, "a")
+    return a, Aux({}, {"seen": {"a": {"rows": jnp.float32(len(batch["x"]))}}})
+
+  start = params(a=1) | {"seen": {"a": {"rows": np.float32(0)}}}
+  system = Fake((Player("a", ("a",), loss),), start, averaged=("a",))
+  step, state = prepared(system, ema_decay=0.9, accumulate=2)
+  state, _ = step(state, rows(1, 2, 3, 4, 5, 6))
+  assert state.ema_collections["seen"]["a"]["rows"] == 3
+  step, state = prepared(system, ema_decay=0.0)
+  assert not state.ema_collections and step(state, rows(1))[0].ema_collections == {}

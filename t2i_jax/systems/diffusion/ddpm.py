@@ -107,31 +107,15 @@ class DDPM(base.System):
         f"model.resolution={self.resolution} does not divide by {coarsest} "
         "(model.patch times 2 for each level but the first); change one of them"
       )
-    for multiplier in self.multipliers:
-      if self.channels * multiplier % self.groups:
-        raise UserError(
-          f"model.groups={self.groups} does not divide the {self.channels * multiplier} channels "
-          "of a level; change one of them"
-        )
     if self.draft < 0 or (self.draft and self.resolution // self.patch % self.draft):
       raise UserError(
         f"model.draft={self.draft} does not divide {self.resolution // self.patch} "
         "(model.resolution / model.patch); change it, or set 0 for no draft"
       )
-    for level in self.attention_levels:
-      if not 0 <= level < len(self.multipliers):
-        raise UserError(
-          f"model.attention_levels={self.attention_levels} names level {level}, "
-          f"of levels 0 to {len(self.multipliers) - 1}"
-        )
     # The middle, which is as wide as the last level, always attends.
-    for level in {*self.attention_levels, len(self.multipliers) - 1}:
-      width = self.channels * self.multipliers[level]
-      if width % min(self.head_channels, width) or (self.positions and width % 4):
-        raise UserError(
-          f"the {width} channels of level {level} attend, and do not divide by "
-          f"model.head_channels={self.head_channels} or, for positions, by 4; change one of them"
-        )
+    base.check_levels(self, (len(self.multipliers) - 1,), self.positions)
+    if not 0.0 <= self.dropout < 1.0:
+      raise UserError(f"model.dropout={self.dropout} is out of range; use 0 to below 1")
     if self.time_shift <= 0:
       raise UserError(f"model.time_shift={self.time_shift} is not positive; 1 shifts nothing")
     # Wrong names are found when the system is built, not when it first trains.

@@ -89,10 +89,7 @@ class ConditionalVAE(base.System):
         f"model.resolution={self.resolution} does not divide by {coarsest} "
         "(model.patch times 2 for each level but the first); change one of them"
       )
-    for multiplier in self.multipliers:
-      channels = self.channels * multiplier
-      if channels % self.groups:
-        raise UserError(f"model.groups={self.groups} does not divide a level's {channels} channels")
+    base.check_levels(self)
     if self.likelihood not in LIKELIHOODS:
       raise unknown("model.likelihood", self.likelihood, LIKELIHOODS)
     for name in ("scale", "beta", "beta_warmup", "free_bits"):

@@ -1,0 +1,81 @@
+"""Runs that are built on exports of other systems keep what they began with."""
+
+import shutil
+
+import encoder
+import numpy as np
+import pytest
+from runs import TOY, assert_same_bits, config_of, train_on
+
+import t2i_jax
+from t2i_jax import export
+from t2i_jax.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("compiled_programs")
+
+
+def config(path, duration, **settings):
+  return config_of(TOY, train__duration=duration, text__encoder="component", sample__every=0,
+                   evaluate__every=0, components__text_encoder=path, **settings)
+
+
+@pytest.fixture
+def built(tmp_path):
+  """A run of four steps, stopped at two, on an encoder."""
+  path = encoder.make(tmp_path / "encoder", 1.0)
+  train_on(config(path, 2), tmp_path / "run")
+  return tmp_path / "run", path
+
+
+def test_the_frozen_system_travels_in_the_export(built, tmp_path):
+  run, path = built
+  rows = export.read(path).variables["params"]["table"]["rows"]
+  shutil.rmtree(path)
+  exported = export.read(run / "export")
+  held = exported.variables["params"]["text_encoder"]["table"]["rows"]
+  np.testing.assert_array_equal(held, rows)
+  assert exported.components["text_encoder"]["config"]["system"] == "encoder"
+  pictures = t2i_jax.load(run / "export")(["a red ring", "a blue square at the top"], seed=1)
+  assert pictures.shape == (2, 16, 16, 3) and (pictures[0] != pictures[1]).any()
+  # And in one that is made from a checkpoint.
+  export.main([f"--workdir={run}", f"--output={tmp_path / 'again'}"])
+  again = t2i_jax.load(tmp_path / "again")(["a red ring", "a blue square at the top"], seed=1)
+  np.testing.assert_array_equal(again, pictures)
+
+
+@pytest.mark.parametrize("fate", ["gone", "replaced"])
+def test_a_run_goes_on_with_the_system_that_it_began_with(built, tmp_path, fate):
+  run, path = built
+  whole = train_on(config(path, 4), tmp_path / "whole")
+  shutil.rmtree(path)
+  if fate == "replaced":
+    encoder.make(path, 100.0)
+  state = train_on(config(path, 4), run)
+  assert state.step == 4
+  assert_same_bits(state.replace(frozen={}), whole.replace(frozen={}))
+  assert_same_bits(state.frozen, whole.frozen)
+  # And one that goes on from it elsewhere.
+  other = train_on(config(path, 4, resume=run), tmp_path / "other")
+  assert_same_bits(other.frozen, whole.frozen)
+
+
+def test_what_a_failed_command_left_is_not_taken_for_the_run_s(built, tmp_path):
+  run, path = built
+  (run / "config.json").unlink()  # as if it had been killed before it was a run
+  shutil.rmtree(run / "checkpoints" / "state")
+  encoder.make(path, 100.0)
+  state = train_on(config(path, 2), run)
+  rows = state.frozen["params"]["text_encoder"]["table"]["rows"]
+  np.testing.assert_array_equal(rows, export.read(path).variables["params"]["table"]["rows"])
+
+
+def test_a_component_that_is_no_text_encoder(run_of_toy):
+  with pytest.raises(UserError, match="components.text_encoder needs a system with TextEncoder"):
+    train_on(config(run_of_toy / "export", 2), run_of_toy.parent / "other")
+
+
+@pytest.fixture
+def run_of_toy(tmp_path):
+  train_on(config_of(TOY, train__duration=1, sample__every=0, evaluate__every=0), tmp_path / "toy")
+  return tmp_path / "toy"
+

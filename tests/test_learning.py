@@ -1,0 +1,45 @@
+"""Every system learns: its loss falls, and what it draws is what the caption says."""
+
+import json
+
+import numpy as np
+import pytest
+from runs import ROOT, command, finish
+
+pytestmark = pytest.mark.full
+
+# The config, steps that are enough for places and colours, and a loss that falls.
+CASES = {
+  "quickstart": (500, "denoiser/loss"),
+  "ddpm": (800, "denoiser/loss"),
+  "vae": (500, "vae/loss"),
+  "gan_cls": (1000, "discriminator/mismatch"),
+}
+
+
+def test_every_config_has_a_case():
+  assert set(CASES) == {path.stem for path in ROOT.glob("configs/*.py")}
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", CASES)
+def test_the_text_matters(name, seed, tmp_path):
+  steps, loss = CASES[name]
+  finish(
+    command(
+      "main", f"--config={ROOT / 'configs' / name}.py", f"--workdir={tmp_path}",
+      f"--config.train.duration={steps}", f"--config.seed={seed}", "--config.sample.every=0",
+      "--config.checkpoint.every=0", "--config.evaluate.pictures=128",
+      JAX_DISABLE_MOST_OPTIMIZATIONS="0",
+    ),
+    minutes=40,
+  )
+  lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+  losses = [line[loss] for line in lines if loss in line]
+  assert np.mean(losses[-2:]) < 0.7 * losses[0], losses
+
+  (score,) = json.loads((tmp_path / "scores" / "scores.json").read_text()).values()
+  right, shuffled = score["right"], score["shuffled"]
+  print(name, seed, right, shuffled)
+  for attribute in ("position", "colour"):
+    assert right[attribute] >= 3 * shuffled[attribute], (attribute, right, shuffled)
