@@ -6,6 +6,10 @@ The LSTM that reads the captions, in both directions, is trained with it by the
 discriminator. From one direction's last state the colour, which the captions name
 first, was learned late.
 
+Expected of "small" on "scenes", seed 0: 11.3 % of 256 held-out captions right in everything
+(place 100 %, colour 77 %, shape 13 %), 0 % with the captions shuffled, after 37 minutes on one
+CPU core. The published size was not trained here.
+
 Arguments:
   size: "small" (32 px, for two CPU cores, the default); "64", the published
     networks at 64 px; "tiny", for tests.

@@ -12,6 +12,8 @@ it never saw.
 With `dataset=scenes_two` and `--config.train.duration=14000` it draws two
 objects in a relation.
 
+Expected: QUICK
+
 Arguments:
   size: "small" (32 px, the default); "tiny", for tests.
   dataset: "scenes" (one object), "scenes_two", "scenes_all", "emoji", "folder".

@@ -56,12 +56,14 @@ class Components:
       the arrays.
     about: what builds them again: `{name: {"config", "components", "step"}}`, nested.
     held_by: the checkpoint directory of the run that stored them, or None.
+    tokenizer: of the text encoder among them, where it was read from its export.
   """
 
   systems: dict[str, System]
   variables: dict[str, dict[str, Any]]
   about: dict[str, Any]
   held_by: epath.Path | None = None
+  tokenizer: Tokenizer | None = None
 
 
 def build_with(config: ConfigDict, about: Mapping[str, Any]) -> System:
@@ -118,6 +120,8 @@ def load_components(config: ConfigDict, workdir: epath.Path | None = None) -> Co
   for name, path in config.components.items():
     exported = export.read(path)
     found.systems[name] = build_with(exported.config, exported.components)
+    if name == GROUP:
+      found.tokenizer = exported.tokenizer
     found.about[name] = {"config": exported.config.to_dict(), "components": exported.components,
                          "step": exported.step}
     for kind, groups in exported.variables.items():
@@ -167,15 +171,27 @@ def make_tokenizer(config: ConfigDict, source: Source) -> Tokenizer:
   return Tokenizer.from_json(broadcast_bytes(text).decode())
 
 
-def run_tokenizer(config: ConfigDict, workdir: epath.Path, source: Source) -> Tokenizer:
-  """The run's tokenizer: its own, or that of `resume` or `init_from`, or a new one.
+def run_tokenizer(
+  config: ConfigDict, workdir: epath.Path, source: Source, given: Tokenizer | None = None
+) -> Tokenizer:
+  """The run's tokenizer: its own, that of `resume`, of a frozen text encoder or of `init_from`.
 
-  A model that goes on training keeps the ids that it knows.
+  A model keeps the ids that it knows; where none does, a tokenizer is trained.
+
+  Args:
+    config, workdir: of the run.
+    source: whose captions a new one is trained on.
+    given: the frozen text encoder's.
+
+  Raises:
+    UserError: for a tokenizer that cannot be read, or of another length than the config's.
   """
   if (workdir / CONFIG).exists():
     return Tokenizer.load(workdir / TOKENIZER)
   if config.resume:
     key, tokenizer = "resume", Tokenizer.load(epath.Path(config.resume) / TOKENIZER)
+  elif given is not None:
+    key, tokenizer = "components.text_encoder", given
   elif config.init_from:
     from t2i_jax import export
 
@@ -183,7 +199,8 @@ def run_tokenizer(config: ConfigDict, workdir: epath.Path, source: Source) -> To
   else:
     return make_tokenizer(config, source)
   if tokenizer.length != config.text.length:
-    raise UserError(f"{key}={config[key]} takes prompts of {tokenizer.length} tokens, the config "
+    value = configs.flatten(config).get(key)
+    raise UserError(f"{key}={value} takes prompts of {tokenizer.length} tokens, the config "
                     f"has text.length={config.text.length}; set it to the same")
   return tokenizer
 

@@ -123,7 +123,7 @@ def _train(config, workdir, mesh, rows, tensorboard, started) -> loop.State:
     config, assembly.training_split(config), assembly.resolution_of(system),
     None if "://" in str(workdir) else str(workdir),
   )
-  tokenizer = assembly.run_tokenizer(config, workdir, source)
+  tokenizer = assembly.run_tokenizer(config, workdir, source, components.tokenizer)
   loader = Loader(
     source, assembly.tokenize_with(tokenizer), config.train.batch_size, config.seed, rows,
     config.data.workers,

@@ -69,6 +69,19 @@ def test_what_a_failed_command_left_is_not_taken_for_the_run_s(built, tmp_path):
   np.testing.assert_array_equal(rows, export.read(path).variables["params"]["table"]["rows"])
 
 
+def test_the_frozen_encoder_brings_its_tokenizer(built, tmp_path):
+  run, path = built
+  export.read(path)
+  assert (run / "tokenizer.json").read_bytes() == (path / "tokenizer.json").read_bytes()
+  # Not one that would be trained on the same captions with another size.
+  other = config(path, 1, text__vocab_size=400)
+  train_on(other, tmp_path / "other")
+  same = (tmp_path / "other" / "tokenizer.json").read_bytes()
+  assert same == (path / "tokenizer.json").read_bytes()
+  with pytest.raises(UserError, match="text_encoder=.*encoder takes prompts of 40 tokens"):
+    train_on(config(path, 1, text__length=12), tmp_path / "short")
+
+
 def test_a_component_that_is_no_text_encoder(run_of_toy):
   with pytest.raises(UserError, match="components.text_encoder needs a system with TextEncoder"):
     train_on(config(run_of_toy / "export", 2), run_of_toy.parent / "other")

@@ -75,9 +75,11 @@ def test_every_config_takes_every_data_set(path):
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda p: p.stem)
-def test_the_docstring_gives_the_command_and_the_sizes(path):
+def test_the_docstring_gives_the_command_the_result_and_the_sizes(path):
   text = path.read_text()
   assert f"python -m t2i_jax.main --config=configs/{path.name}" in text
+  expected = re.search(r"Expected\b.*?\n\n", text.split('"""')[1], re.DOTALL).group()
+  assert "%" in expected and re.search(r"minutes on (one|two) CPU core", " ".join(expected.split()))
   for size in sizes_of(path):
     assert f'"{size}"' in text.split('"""')[1], f"size {size} is not in the docstring"
 

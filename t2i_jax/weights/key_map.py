@@ -49,12 +49,14 @@ class Rule:
     layout: how the numbers lie.
     part: (index, number) where theirs holds several of ours one behind the other along its first
       axis, such as the fused projections of an attention.
+    plus: template of another of their names, whose numbers are added; written as zeros.
   """
 
   ours: str
   theirs: str
   layout: Layout = same
   part: tuple[int, int] = (0, 1)
+  plus: str = ""
 
 
 def dense(ours: str, theirs: str, bias: bool = True) -> list[Rule]:
@@ -76,6 +78,7 @@ class Place:
   name: str
   layout: Layout
   part: tuple[int, int]
+  plus: str = ""
 
 
 class KeyMap:
@@ -103,7 +106,10 @@ class KeyMap:
     """Where the array at `path` of our tree lies; LookupError without a rule for it."""
     for pattern, rule in self._templates:
       if match := pattern.fullmatch(path):
-        return Place(rule.theirs.format(**match.groupdict()), rule.layout, rule.part)
+        named = match.groupdict()
+        return Place(
+          rule.theirs.format(**named), rule.layout, rule.part, rule.plus.format(**named)
+        )
     raise LookupError(f"no rule for '{path}'")
 
   def load(
@@ -135,11 +141,13 @@ class KeyMap:
     leaves = jax.tree_util.tree_leaves_with_path(abstract)
     wanted = {_path(path): leaf for path, leaf in leaves}
     places = {path: self.place(path) for path in wanted}
-    names = self._names(tensors, places)
-    self._check(tensors, wanted, places, names, source)
+    names, added = self._names(tensors, places)
+    self._check(tensors, wanted, places, names, added, source)
     bad, arrays = [], []
     for path, leaf in wanted.items():
       array = _part(tensors[names[path]].read(), places[path].part)
+      if extra := added.get(path):
+        array = array + tensors[extra].read()
       if not np.all(np.isfinite(array)):
         bad.append(names[path])
       array = places[path].layout.ours(array)
@@ -157,8 +165,9 @@ class KeyMap:
       dtype: of the tensors; the arrays' own if None.
     """
     grouped: dict[str, dict[int, tuple[Any, Layout]]] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-      place = self.place(_path(path))
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    places = [self.place(_path(path)) for path, _ in leaves]
+    for place, (_, leaf) in zip(places, leaves, strict=True):
       grouped.setdefault(place.name, {})[place.part[0]] = (leaf, place.layout)
     tensors = {}
     for name, parts in grouped.items():
@@ -167,19 +176,28 @@ class KeyMap:
       shape = (sum(s[0] for s in shapes), *shapes[0][1:]) if len(shapes) > 1 else shapes[0]
       kind = np.dtype(dtype or ordered[0][0].dtype)
       tensors[name] = (shape, kind, _joined(ordered, kind))
+    for place in places:
+      if place.plus:
+        shape, kind, _ = tensors[place.name]
+        tensors[place.plus] = (shape, kind, lambda s=shape, k=kind: np.zeros(s, k))
     return tensors
 
-  def _names(self, tensors: Mapping[str, Stored], places: Mapping[str, Place]) -> dict[str, str]:
-    """The other side's name for each of our paths, as this file begins them."""
+  def _names(
+    self, tensors: Mapping[str, Stored], places: Mapping[str, Place]
+  ) -> tuple[dict[str, str], dict[str, str]]:
+    """The other side's name for each of our paths, as this file begins them, and what is added."""
     variants = [
-      {path: _begun(place.name, *prefix) for path, place in places.items()}
+      tuple(
+        {path: _begun(name(place), *prefix) for path, place in places.items() if name(place)}
+        for name in (lambda place: place.name, lambda place: place.plus)
+      )
       for prefix in self.prefixes
     ]
-    return max(variants, key=lambda names: sum(name in tensors for name in names.values()))
+    return max(variants, key=lambda names: sum(name in tensors for name in names[0].values()))
 
-  def _check(self, tensors, wanted, places, names, source) -> None:
-    missing = sorted({name for name in names.values() if name not in tensors})
-    used = set(names.values())
+  def _check(self, tensors, wanted, places, names, added, source) -> None:
+    used = {*names.values(), *added.values()}
+    missing = sorted(used - set(tensors))
     unexpected = sorted(
       name for name in set(tensors) - used if not any(p.search(name) for p in self._ignored)
     )
@@ -191,9 +209,10 @@ class KeyMap:
       expected = _their_shape(leaf.shape, places[path].layout)
       if number > 1:
         expected = (expected[0] * number, *expected[1:])
-      found = tensors[names[path]].shape
-      if found != expected and index == 0:
-        shapes.append(f"{names[path]} is {list(found)}, not {list(expected)}")
+      for name in filter(tensors.get, (names[path], added.get(path, ""))):
+        found = tensors[name].shape
+        if found != expected and index == 0:
+          shapes.append(f"{name} is {list(found)}, not {list(expected)}")
     problems = [
       f"{kind} {_listed(found)}"
       for kind, found in (("missing", missing), ("of another shape", shapes),

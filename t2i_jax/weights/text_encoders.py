@@ -3,7 +3,7 @@
 Paths are those of the parameters of the networks in `t2i_jax/text/`.
 """
 
-from t2i_jax.weights.key_map import KeyMap, Rule, conv, dense, norm
+from t2i_jax.weights.key_map import KeyMap, Rule, conv, conv_1d, dense, linear, norm
 
 PROJECTIONS = (("query", "q"), ("key", "k"), ("value", "v"), ("out", "out"))
 
@@ -123,3 +123,38 @@ LDM_TEXT = KeyMap(
   ],
   [_POSITIONS, r"^to_logits\."],
 )  # fmt: skip
+
+
+def _char_cnn_rnn(dot: str) -> KeyMap:
+  rules = []
+  for i in (1, 2, 3):
+    rules += [Rule(f"conv_{i}/kernel", f"conv{i}{dot}weight", conv_1d),
+              Rule(f"conv_{i}/bias", f"conv{i}{dot}bias")]
+  for gate in ("", "_update", "_reset"):
+    given, state = f"rnn{dot}i2h{gate}{dot}", f"rnn{dot}h2h{gate}{dot}"
+    rules += [Rule(f"input{gate}/kernel", f"{given}weight", linear),
+              Rule(f"input{gate}/bias", f"{given}bias"),
+              Rule(f"state{gate}_kernel", f"{state}weight", linear),
+              Rule(f"state{gate}_bias", f"{state}bias")]
+  rules += [Rule("projection/kernel", f"emb_proj{dot}weight", linear),
+            Rule("projection/bias", f"emb_proj{dot}bias")]
+  return KeyMap(rules)
+
+
+# The module's names in PyTorch, and those of the files that were extracted from Torch 7's.
+CHAR_CNN_RNN, CHAR_CNN_RNN_EXTRACTED = _char_cnn_rnn("."), _char_cnn_rnn("_")
+
+
+def _lstm(ours: str, theirs: str) -> list[Rule]:
+  # PyTorch keeps the gates in our order, and two biases.
+  return [
+    Rule(f"input{ours}/kernel", f"rnn.weight_ih_l0{theirs}", linear),
+    Rule(f"recurrent{ours}", f"rnn.weight_hh_l0{theirs}", linear),
+    Rule(f"input{ours}/bias", f"rnn.bias_ih_l0{theirs}", plus=f"rnn.bias_hh_l0{theirs}"),
+  ]
+
+
+# Under the names of AttnGAN's text encoder; of one direction or both.
+LSTM = KeyMap([
+  Rule("tokens/embedding", "encoder.weight"), *_lstm("", ""), *_lstm("_reverse", "_reverse"),
+])  # fmt: skip
