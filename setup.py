@@ -30,6 +30,7 @@ setup(
     "transformers>=5.23,<6",
     "tokenizers>=0.22,<0.24",
     "safetensors>=0.8,<0.9",
+    "ftfy>=6.3,<7",  # CLIP's captions were cleaned by it
     "tensorflow-datasets>=4.9.10,<4.10",
     # tensorflow-datasets needs it to prepare a builder that lies in a package, and does not say so.
     "importlib_resources>=6,<8",

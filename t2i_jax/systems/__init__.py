@@ -15,6 +15,7 @@ SYSTEMS = {
   "conditional_vae": "t2i_jax.systems.vae.conditional_vae:ConditionalVAE",
   "gan_cls": "t2i_jax.systems.gan.gan_cls:GANCLS",
   "ddpm": "t2i_jax.systems.diffusion.ddpm:DDPM",
+  "pretrained_text": "t2i_jax.systems.text.pretrained:PretrainedText",
 }
 # Fields of a system or of its text conditioner that do not come from the config.
 _BUILT = ("text", "dtype", "components", "component", "null_embedding")

@@ -1,9 +1,13 @@
-"""A byte-level BPE tokenizer, trained on a data set's captions and kept in the export."""
+"""Captions to token ids: byte-level BPE trained on a data set's captions, or a public tokenizer.
+
+Either is kept in the export as the `tokenizers` library's JSON.
+"""
 
 import dataclasses
+import html
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -15,17 +19,39 @@ PAD, START, END = 0, 1, 2
 SPECIAL_TOKENS = ("<pad>", "<start>", "<end>")
 
 
+def clean_as_clip(caption: str) -> str:
+  """As the captions of CLIP's training were cleaned: broken encodings, HTML entities, white space.
+
+  (Its tokenizer takes lower case by itself.)
+  """
+  import ftfy
+
+  # Entities of entities occur in what is scraped from the web.
+  caption = html.unescape(html.unescape(ftfy.fix_text(caption)))
+  return " ".join(caption.split())
+
+
+CLEANERS: dict[str, Callable[[str], str]] = {"": lambda caption: caption, "clip": clean_as_clip}
+
+
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-  """Captions to ids: `<start> tokens <end>` and padding, or cut to fit.
+  """Captions to ids: start, tokens, end and padding, or cut to fit.
 
   Attributes:
     definition: the `tokenizers` library's JSON.
-    length: tokens a caption takes, the two markers included.
+    length: tokens a caption takes, the markers included.
+    start, end: ids of the markers; None for no such marker.
+    pad: id of the padding.
+    clean: name of a `CLEANERS`, applied to captions first; "" for none.
   """
 
   definition: str
   length: int
+  start: int | None = START
+  end: int | None = END
+  pad: int = PAD
+  clean: str = ""
 
   @cached_property
   def _backend(self):
@@ -45,29 +71,44 @@ class Tokenizer:
 
   def encode(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
     """`ids` int32 [n, length] and `mask` bool [n, length] of n captions."""
-    ids = np.full((len(captions), self.length), PAD, np.int32)
+    ids = np.full((len(captions), self.length), self.pad, np.int32)
     mask = np.zeros(ids.shape, bool)
-    for row, encoding in enumerate(self._backend.encode_batch(list(captions))):
-      tokens = [START, *encoding.ids[: self.length - 2], END]
+    before, after = ([marker] * (marker is not None) for marker in (self.start, self.end))
+    for row, encoding in enumerate(self._encoded(captions)):
+      tokens = [*before, *encoding.ids[: self._room], *after]
       ids[row, : len(tokens)] = tokens
       mask[row, : len(tokens)] = True
     return {"ids": ids, "mask": mask}
 
+  def null(self) -> dict[str, np.ndarray]:
+    """`ids` and `mask` [length] of the empty caption."""
+    return {name: value[0] for name, value in self.encode([""]).items()}
+
+  @property
+  def _room(self) -> int:
+    """Tokens of a caption itself."""
+    return self.length - (self.start is not None) - (self.end is not None)
+
+  def _encoded(self, captions: Sequence[str]) -> list:
+    captions = [CLEANERS[self.clean](caption) for caption in captions]
+    return self._backend.encode_batch(captions, add_special_tokens=False)
+
   def lengths(self, captions: Sequence[str]) -> np.ndarray:
     """Tokens int [n] that n captions have, markers included, before any is cut."""
-    return np.array([2 + len(e.ids) for e in self._backend.encode_batch(list(captions))], int)
+    markers = self.length - self._room
+    return np.array([markers + len(e.ids) for e in self._encoded(captions)], int)
 
   def truncated(self, caption: str) -> str | None:
     """What is cut off the end of `caption`, or None when it fits."""
-    encoding = self._backend.encode(caption)
-    kept = self.length - 2
-    if len(encoding.ids) <= kept:
+    (encoding,) = self._encoded([caption])
+    if len(encoding.ids) <= self._room:
       return None
-    return caption[encoding.offsets[kept][0] :].strip()
+    return CLEANERS[self.clean](caption)[encoding.offsets[self._room][0] :].strip()
 
   def to_json(self) -> str:
     """The tokenizer as text that `from_json` reads."""
-    return json.dumps({"length": self.length, "definition": json.loads(self.definition)})
+    about = {name: getattr(self, name) for name in ("length", "start", "end", "pad", "clean")}
+    return json.dumps({**about, "definition": json.loads(self.definition)})
 
   @classmethod
   def from_json(cls, text: str) -> "Tokenizer":
@@ -78,8 +119,11 @@ class Tokenizer:
     """
     try:
       content = json.loads(text)
-      tokenizer = cls(json.dumps(content["definition"]), int(content["length"]))
-    except (KeyError, TypeError) as error:
+      definition = json.dumps(content.pop("definition"))
+      tokenizer = cls(definition, **content)
+      if not isinstance(tokenizer.length, int) or tokenizer.clean not in CLEANERS:
+        raise TypeError("its length is no number, or its cleaning is unknown")
+    except (KeyError, TypeError, AttributeError) as error:
       raise ValueError(f"it has no definition and length ({error})") from error
     try:
       tokenizer._backend  # noqa: B018

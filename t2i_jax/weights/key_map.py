@@ -16,6 +16,7 @@ import numpy as np
 from t2i_jax.errors import UserError
 from t2i_jax.weights.stored import Stored
 
+STORED = "stored"
 LISTED = 8  # names of each kind that an error quotes
 
 
@@ -127,7 +128,7 @@ class KeyMap:
       tensors: of `open_weights`.
       abstract: the tree that is wanted, of arrays or `jax.ShapeDtypeStruct`s.
       source: the file, for errors.
-      dtype: of the arrays; the abstract ones' own if None.
+      dtype: of the arrays; the abstract ones' own if None; `STORED` for that of the file.
       put: is given each path and its array on the host, and returns what the tree shall hold, such
         as the array on its devices.
 
@@ -151,7 +152,8 @@ class KeyMap:
       if not np.all(np.isfinite(array)):
         bad.append(names[path])
       array = places[path].layout.ours(array)
-      arrays.append(put(path, np.asarray(array, dtype or leaf.dtype, order="C")))
+      kind = array.dtype if dtype is STORED else dtype or leaf.dtype
+      arrays.append(put(path, np.asarray(array, kind, order="C")))
       del array
     if bad:
       raise UserError(f"{source} holds NaN or infinity in {_listed(bad)}; take another copy of it")

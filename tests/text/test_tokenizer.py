@@ -165,6 +165,6 @@ def test_the_smallest_vocabulary_is_bytes(tokenizer):
 
 def test_the_file_is_the_librarys_definition_and_a_length(tokenizer):
   content = json.loads(tokenizer.to_json())
-  assert set(content) == {"definition", "length"}
+  assert set(content) == {"definition", "length", "start", "end", "pad", "clean"}
   library = tokenizers.Tokenizer.from_str(json.dumps(content["definition"]))
   assert library.get_vocab_size() == tokenizer.vocab_size

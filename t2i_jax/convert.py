@@ -1,0 +1,159 @@
+"""`python -m t2i_jax.convert`: public text encoders to exports of ours, and back."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from t2i_jax import command
+from t2i_jax import config as configs
+from t2i_jax.errors import UserError
+
+# model_type of a Hugging Face config.json, and the kind of encoder that it is.
+KINDS = {
+  "clip_text_model": "clip", "clip": "clip", "t5": "t5", "bert": "bert", "ldmbert": "ldm",
+}  # fmt: skip
+LENGTHS = {"clip": 77, "t5": 77, "bert": 77, "ldm": 77}
+DTYPES = ("stored", "float32", "float16", "bfloat16")
+
+
+def main(argv: list[str] | None = None) -> None:
+  """The command; see `--help`."""
+  parser = command.parser(
+    "t2i_jax.convert",
+    "Makes an export of a text encoder in a Hugging Face folder (config, tokenizer, weights as\n"
+    "safetensors or PyTorch's .bin), to train on: --config.text.encoder=component\n"
+    "--config.components.text_encoder=EXPORT. Or makes such a folder of an export. Nothing is\n"
+    "downloaded, and no code in the files is run.",
+    "python -m t2i_jax.convert --source=clip-vit-large-patch14 --output=clip-l",
+    "python -m t2i_jax.convert --source=sdxl/text_encoder_2 --tokenizer=sdxl/tokenizer_2 "
+    "--layer=-2 --no-final-norm --project --output=bigg",
+    "python -m t2i_jax.convert --source=t5-v1_1-xxl --length=128 --masked --dtype=bfloat16 "
+    "--output=t5",
+    "python -m t2i_jax.convert --source=clip-l --output=folder --to=huggingface",
+  )
+  parser.add_argument("--source", required=True, help="the folder, or an export with --to")
+  parser.add_argument("--output", required=True, help="the export or folder to write")
+  parser.add_argument("--to", default="export", metavar="export|huggingface")
+  parser.add_argument("--tokenizer", default="", help="its folder, where it is another one")
+  parser.add_argument("--length", type=int, help="tokens that a caption takes (77)")
+  parser.add_argument("--layer", type=int, default=-1,
+                      help="CLIP: whose output is the sequence: -1, the last; -2, the one before")
+  parser.add_argument("--no-final-norm", action="store_true",
+                      help="CLIP: the sequence without the last norm, as SDXL and SD3 take it")
+  parser.add_argument("--project", action="store_true",
+                      help="CLIP: the caption's vector in the space shared with pictures")
+  parser.add_argument("--masked", action="store_true",
+                      help="hide padding, from the encoder and from what reads its features")
+  parser.add_argument("--pad", default="", help="token of the padding in place of the folder's")
+  parser.add_argument("--dtype", default="stored", metavar="|".join(DTYPES),
+                      help="type of the numbers (as they are stored)")
+  command.run(parser, argv, _convert)
+
+
+def _convert(flags) -> None:
+  configs.choose("--to", flags.to, {"export": 0, "huggingface": 0})
+  configs.choose("--dtype", flags.dtype, dict.fromkeys(DTYPES))
+  if flags.to == "huggingface":
+    print(to_huggingface(flags.source, flags.output))
+  else:
+    print(from_huggingface(flags))
+
+
+def key_map(kind: str):
+  """The key map of a kind of encoder."""
+  from t2i_jax.weights import text_encoders as maps
+
+  return {"clip": maps.CLIP_TEXT, "t5": maps.T5, "bert": maps.BERT, "ldm": maps.LDM_TEXT}[kind]
+
+
+def from_huggingface(flags) -> Path:
+  """Writes the export of a folder's encoder; the flags are the command's."""
+  import jax
+  import jax.numpy as jnp
+
+  from t2i_jax import assembly, export, recipe
+  from t2i_jax.text.public_tokenizer import read_tokenizer
+  from t2i_jax.weights.key_map import STORED
+  from t2i_jax.weights.stored import open_weights
+
+  export.check_replaceable(flags.output)
+  folder = Path(flags.source).expanduser()
+  kind, published = _published(folder)
+  length = flags.length or LENGTHS[kind]
+  tokenizer = read_tokenizer(flags.tokenizer or folder, kind, length, flags.pad)
+  null = tokenizer.null()
+  config = recipe.base("pretrained_text", "scenes")
+  config.text.length = length
+  config.model.update(
+    kind=kind, published=json.dumps(published, sort_keys=True), layer=flags.layer,
+    final_norm=not flags.no_final_norm, project=flags.project, masked=flags.masked,
+    null=tuple(null["ids"].tolist()), null_tokens=int(null["mask"].sum()),
+  )
+  system = assembly.build_system(config)
+  if tokenizer.vocab_size > published.get("vocab_size", tokenizer.vocab_size):
+    raise UserError(f"the tokenizer has {tokenizer.vocab_size} tokens, the encoder in {folder} "
+                    f"{published['vocab_size']}; give its own with --tokenizer")
+  abstract = jax.eval_shape(lambda: system.init(jax.random.key(0), {}))["params"]["encoder"]
+  dtype = STORED if flags.dtype == "stored" else jnp.dtype(flags.dtype)
+  params = key_map(kind).load(open_weights(folder), abstract, source=str(folder), dtype=dtype)
+  variables = {"params": {"encoder": params}}
+  return export.write(flags.output, config, 0, variables, tokenizer, ema=False)
+
+
+def to_huggingface(source: str, output: str) -> Path:
+  """Writes the folder that transformers reads of an export that `from_huggingface` wrote."""
+  from tokenizers import Tokenizer as Backend
+
+  from t2i_jax import export
+  from t2i_jax.text.public_tokenizer import MARKERS
+  from t2i_jax.weights.safetensors_file import write_safetensors
+
+  exported = export.read(source)
+  if exported.config.system != "pretrained_text":
+    raise UserError(f"{source} is an export of {exported.config.system}; only text encoders that "
+                    "this command converted can be given back")
+  folder = Path(output).expanduser()
+  if folder.exists() and any(folder.iterdir()):
+    raise UserError(f"'{folder}' is there and not empty, so it is not written to; choose another")
+  kind, tokenizer = exported.config.model.kind, exported.tokenizer
+  folder.mkdir(parents=True, exist_ok=True)
+  write_safetensors(
+    folder / "model.safetensors", key_map(kind).save(exported.variables["params"]["encoder"])
+  )
+  published = json.loads(exported.config.model.published)
+  (folder / "config.json").write_text(json.dumps(published, indent=2) + "\n")
+  (folder / "tokenizer.json").write_text(tokenizer.definition, encoding="utf-8")
+  backend = Backend.from_str(tokenizer.definition)
+  names = (*MARKERS[kind], "pad_token")
+  special = {
+    name: backend.id_to_token(number)
+    for name, number in zip(names, (tokenizer.start, tokenizer.end, tokenizer.pad), strict=True)
+    if name and number is not None
+  }
+  (folder / "tokenizer_config.json").write_text(
+    json.dumps({"model_max_length": tokenizer.length, **special}, indent=2) + "\n"
+  )
+  return folder
+
+
+def _published(folder: Path) -> tuple[str, dict[str, Any]]:
+  """The kind of the folder's encoder, and its config.json."""
+  path = folder / "config.json"
+  if not path.is_file():
+    raise UserError(f"no config.json in '{folder}': give the folder of a Hugging Face model")
+  try:
+    given = json.loads(path.read_text(encoding="utf-8"))
+    kind = given.get("model_type")
+  except (ValueError, AttributeError) as error:
+    raise UserError(f"{path} is no model's config ({error}); copy it again") from error
+  if kind not in KINDS:
+    raise UserError(f"{path} is of model_type '{kind}', which is no text encoder that is known; "
+                    f"known: {', '.join(KINDS)}")
+  if kind == "clip":
+    shared = {"projection_dim": given["projection_dim"]} if "projection_dim" in given else {}
+    return "clip", {**given.get("text_config", {}), **shared, "model_type": "clip_text_model"}
+  return KINDS[kind], given
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,56 @@
+"""TPU slices to compile for on a machine that has none.
+
+Needs `pip install "jax[tpu]"`, which brings the compiler. Nothing can be run on such devices.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+
+import jax
+from jax.sharding import Mesh
+
+from t2i_jax.errors import UserError
+from t2i_jax.parallel.mesh import make_mesh
+
+# Memory of a chip in bytes, from https://cloud.google.com/tpu/docs, by generation.
+CHIP_MEMORY = {"v4": 32 << 30, "v5e": 16 << 30, "v5p": 95 << 30, "v6e": 32 << 30}
+
+
+def slice_mesh(topology: str, sizes: Mapping[str, int]) -> Mesh:
+  """The mesh of a TPU slice that is only compiled for.
+
+  Args:
+    topology: generation and shape, such as "v5e:2x4" or "v5p:4x4x4".
+    sizes: devices along the mesh's axes; one may be -1.
+
+  Raises:
+    UserError: an unknown generation or shape, no TPU compiler, or sizes that do not fit.
+  """
+  generation = topology.partition(":")[0]
+  if generation not in CHIP_MEMORY or not re.fullmatch(r"\w+:\d+(x\d+)+", topology):
+    raise UserError(f"topology '{topology}' is unknown; write {', '.join(CHIP_MEMORY)} and a shape,"
+                    " such as v5e:2x4")
+  # Without a TPU the compiler's library would wait for answers about one.
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  os.environ.setdefault("TPU_ACCELERATOR_TYPE", f"{generation}-8")
+  from jax.experimental import topologies
+
+  try:
+    found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+  except Exception as error:  # jax and the library raise many kinds
+    why = str(error).strip().splitlines()[0]
+    raise UserError(f"cannot compile for {topology} ({why}); install the compiler with "
+                    "pip install 'jax[tpu]', or give a shape that exists") from error
+  return make_mesh(sizes, list(found.devices))
+
+
+def bytes_a_chip(compiled: jax.stages.Compiled) -> dict[str, int]:
+  """What a compiled program needs of a chip: `arguments`, `outputs`, `temporaries` and `peak`."""
+  stats = compiled.memory_analysis()
+  arguments, outputs = stats.argument_size_in_bytes, stats.output_size_in_bytes
+  temporaries = stats.temp_size_in_bytes
+  return {
+    "arguments": arguments, "outputs": outputs, "temporaries": temporaries,
+    "peak": arguments + outputs + temporaries - stats.alias_size_in_bytes,
+  }  # fmt: skip

@@ -1,0 +1,1 @@
+"""Text encoders as systems, for others to be built on."""
