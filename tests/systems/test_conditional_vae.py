@@ -165,5 +165,5 @@ def test_bound_improves(likelihood, variables):
 )
 def test_wrong_settings_are_named(wrong):
   (name,) = wrong
-  with pytest.raises(UserError, match=f"model.{name}="):
+  with pytest.raises(UserError, match=f"model.{name}"):
     dataclasses.replace(SYSTEM, **wrong)
