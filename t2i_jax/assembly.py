@@ -195,7 +195,11 @@ def run_tokenizer(
   elif config.init_from:
     from t2i_jax import export
 
-    key, tokenizer = "init_from", export.read(config.init_from).tokenizer
+    exported = export.read(config.init_from)
+    key, tokenizer = "init_from", exported.tokenizer
+    if tokenizer.length != config.text.length:
+      with naming_differences("init_from", config, exported.config):
+        raise UserError(f"init_from={config.init_from} takes prompts of {tokenizer.length} tokens")
   else:
     return make_tokenizer(config, source)
   if tokenizer.length != config.text.length:
@@ -203,6 +207,26 @@ def run_tokenizer(
     raise UserError(f"{key}={value} takes prompts of {tokenizer.length} tokens, the config "
                     f"has text.length={config.text.length}; set it to the same")
   return tokenizer
+
+
+@contextlib.contextmanager
+def naming_differences(key: str, config: ConfigDict, theirs: ConfigDict) -> Iterator[None]:
+  """Adds to a UserError what the config's `model` and `text` have otherwise than another's."""
+  try:
+    yield
+  except UserError as error:
+    ours, theirs = configs.flatten(config), configs.flatten(theirs)
+    different = [
+      f"{name}={value}" for name, value in theirs.items()
+      if name.partition(".")[0] in ("model", "text") and name in ours and ours[name] != value
+    ]
+    if not different:
+      raise
+    # The text first: its names are few, and every model has them.
+    different = sorted(different, key=lambda pair: not pair.startswith("text."))
+    more = f" and {len(different) - 6} more" if len(different) > 6 else ""
+    raise UserError(f"{error}; it was trained with "
+                    f"{' '.join(f'--config.{pair}' for pair in different[:6])}{more}") from error
 
 
 def abstract_batch(system: System, rows: int) -> dict[str, Any]:

@@ -139,6 +139,9 @@ def to_huggingface(source: str, output: str) -> Path:
 def _published(folder: Path) -> tuple[str, dict[str, Any]]:
   """The kind of the folder's encoder, and its config.json."""
   path = folder / "config.json"
+  if not folder.is_dir():
+    raise UserError(f"there is no folder '{folder}'; put the model's files into one, config.json "
+                    "among them")
   if not path.is_file():
     raise UserError(f"no config.json in '{folder}': give the folder of a Hugging Face model")
   try:

@@ -28,7 +28,8 @@ def main(argv: list[str] | None = None) -> None:
 
   add_export_flags(parser)
   parser.add_argument("--split", action="append", default=[],
-                      help="a split; may be repeated; all held-out ones by default")
+                      help="a split; may be repeated; by default the run's evaluate.splits, or all "
+                      "held-out ones")
   parser.add_argument("--measure", action="append", default=[], metavar="|".join(MEASURES),
                       help="what to measure; may be repeated; all that make sense by default")
   parser.add_argument("--pictures", type=int, default=256, help="drawn for a score (256)")
@@ -66,7 +67,7 @@ def _evaluate(flags) -> None:
     found = results["splits"].setdefault(split, {})
     if "loss" in measures:
       found["loss"] = held_out_loss(pipeline, split, flags.batch_size)
-      print(f"{split}: " + ", ".join(f"{k} {v:.5g}" for k, v in found["loss"].items()))
+      print(", ".join(f"{k} {v:.5g}" for k, v in found["loss"].items()))
     if "score" in measures:
       options = sampling_options(flags, pipeline)
       found["score"] = score(

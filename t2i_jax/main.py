@@ -158,7 +158,9 @@ def _train(config, workdir, mesh, rows, tensorboard, started) -> loop.State:
       run.save_frozen(components)
       assembly.claim_workdir(workdir, config, tokenizer)
       writers.truncate_after(run.step)
-      _say(f"ready to train after {time.monotonic() - started:.1f} s, at step {run.step}/{total}")
+      begins = f"resuming at step {run.step}" if run.step else "beginning"
+      _say(f"ready to train after {time.monotonic() - started:.1f} s: {begins}, {total} steps of "
+           f"{config.train.batch_size} examples")
       training_started = time.monotonic()
       sharding = batch_sharding(mesh)
       with Prefetcher(loader, lambda b: put(b, sharding), config.data.prefetch) as batches:
@@ -273,6 +275,7 @@ def _held_out_prompts(config, source, system) -> list[str]:
 def _compile(compiled: CompiledStep, run: Run, batch: Any) -> float:
   """Compiles the step, says what it needs, and returns its FLOPs."""
   state = run.plan.abstract_state
+  _say("compiling the step; a minute or so, and longer for large networks")
   memory = compiled.memory(state, batch)
   flops = compiled.flops(state, batch)
   peak = f", {memory['peak'] / 2**20:,.0f} MiB a device" if memory else ""

@@ -70,7 +70,7 @@ class Pipeline:
 
   def __call__(
     self,
-    prompts: Sequence[str],
+    prompts: Sequence[str] | str,
     seed: int = 0,
     *,
     progress: Callable[[int], None] = lambda done: None,
@@ -79,7 +79,7 @@ class Pipeline:
     """Draws one picture a prompt.
 
     Args:
-      prompts: n texts.
+      prompts: n texts, or one.
       seed: of all draws.
       progress: told how many pictures are done, after each batch.
       **given: as for `batches`.
@@ -99,7 +99,7 @@ class Pipeline:
 
   def batches(
     self,
-    prompts: Sequence[str],
+    prompts: Sequence[str] | str,
     seed: int = 0,
     *,
     first: int = 0,
@@ -110,7 +110,7 @@ class Pipeline:
     """Draws one picture a prompt, and hands over each batch as soon as it is there.
 
     Args:
-      prompts: n texts.
+      prompts: n texts, or one.
       seed: of all draws.
       first: index of the first picture; picture i of the call has key
         `fold_in(seed, first + i)`.
@@ -125,6 +125,7 @@ class Pipeline:
       UserError: for an option that the system does not have, or a seed or batch
         size out of range.
     """
+    prompts = [prompts] if isinstance(prompts, str) else prompts
     if not prompts:
       raise UserError("no prompts to draw")
     if not 0 <= seed < 2**32:

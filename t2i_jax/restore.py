@@ -148,7 +148,9 @@ class Run:
     else:
       run._state = plan.create(put(loader.peek(), batch_sharding(mesh)), frozen)
       if config.init_from:
-        run._state = _initialised(run._state, system, export.read(config.init_from))
+        exported = export.read(config.init_from)
+        with assembly.naming_differences("init_from", config, exported.config):
+          run._state = _initialised(run._state, system, exported)
     return run
 
   def save_frozen(self, components: assembly.Components) -> None:

@@ -241,8 +241,12 @@ def test_a_checkpoint_or_export_of_another_system(run, fails, tmp_path):
   message = starts(fails, tmp_path / "c", wider, f"--config.init_from={run / 'export'}")
   assert re.search(r"does not fit this config: 0 arrays are missing, 0 have no place and \d+ have "
                    r"another shape, such as drawer/", message)
+  assert message.endswith("; it was trained with --config.model.width=32")
   message = starts(fails, tmp_path / "d", f"--config.init_from={run / 'export'}", config=QUICKSTART)
   assert "does not fit this config" in message
+  message = starts(fails, tmp_path / "d", f"--config.init_from={run / 'export'}",
+                   "--config.text.length=20")
+  assert message.endswith("takes prompts of 40 tokens; it was trained with --config.text.length=40")
   message = starts(fails, tmp_path / "e", "--config.text.length=20", f"--config.resume={run}")
   assert "takes prompts of 40 tokens, the config has text.length=20; set it to the same" in message
 
@@ -344,6 +348,7 @@ def test_a_picture_does_not_depend_on_the_batch_or_the_devices(run):
   assert whole.shape == (5, 16, 16, 3) and whole.dtype == np.uint8
   np.testing.assert_array_equal(pipeline(prompts, seed=5, batch_size=2), whole)
   np.testing.assert_array_equal(pipeline(prompts[3:], seed=5, first=3), whole[3:])
+  np.testing.assert_array_equal(pipeline(prompts[0], seed=5), whole[:1])
   one = type(pipeline)(pipeline.system, pipeline.tokenizer, make_mesh({}, jax.devices()[:1]),
                        jax.device_get(pipeline.variables), pipeline.config)
   np.testing.assert_array_equal(one(prompts, seed=5), whole)

@@ -104,12 +104,12 @@ def test_killed_in_a_save_then_in_a_step_then_asked_to_stop(tmp_path):
   assert second in (4, 6)  # 6 is whole if its save was done by the end of step 7
 
   errors = finish(start(run, signal.SIGTERM, "step", 8))
-  assert f"at step {second}/12" in errors
+  assert f"resuming at step {second}, 12 steps" in errors
   assert "stopped as asked; step 9 is saved, and the same command goes on from there" in errors
   assert saved_steps(run)[-1] == 9
 
   errors = finish(start(run))
-  assert "at step 9/12" in errors and "trained to step 12/12" in errors
+  assert "resuming at step 9, 12 steps" in errors and "trained to step 12/12" in errors
   whole = tmp_path / "whole"
   finish(start(whole))
   assert metrics(run) == metrics(whole)

@@ -116,7 +116,8 @@ class Log:
   def _speed(self, step: int, now: float) -> dict[str, float]:
     start, then = self._since
     values: dict[str, float] = {"examples": step * self._options.batch_size}
-    if step == start:
+    # A few steps behind a save or an evaluation say little: some were done before they were read.
+    if step == start or 2 * (step - start) < len(self._window):
       return values
     rate = (step - start) / (now - then)
     values |= {"steps_per_second": rate, "examples_per_second": rate * self._options.batch_size}
