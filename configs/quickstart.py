@@ -12,7 +12,7 @@ it never saw.
 Expected on "scenes": 99.6 % of 256 held-out captions right in everything, 0 % with the captions
 shuffled, after 7.3 minutes of training on two CPU cores (seed 0; on one core, seed 1: 100 %,
 seed 2: 98.8 %). On "scenes_two", with `--config.train.duration=14000`: 98.8 %, after 54 minutes
-on one core.
+on one CPU core.
 
 Arguments:
   size: "small" (32 px, the default); "tiny", for tests.

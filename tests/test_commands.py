@@ -465,7 +465,7 @@ def test_evaluate(run, fails, tmp_path, capfd):
   scores = json.loads((tmp_path / "scores.json").read_text())
   loss = scores["splits"]["held_out_pairs"]["loss"]
   assert scores["step"] == 2 and 0 < loss["held_out_pairs/error"] < 4
-  assert capfd.readouterr().out.startswith("held_out_pairs: held_out_pairs/error 0.")
+  assert capfd.readouterr().out.startswith("held_out_pairs/error 0.")
 
 
 def raising(error):
