@@ -12,7 +12,7 @@ from t2i_jax.errors import UserError
 KINDS = {
   "clip_text_model": "clip", "clip": "clip", "t5": "t5", "bert": "bert", "ldmbert": "ldm",
 }  # fmt: skip
-LENGTHS = {"clip": 77, "t5": 77, "bert": 77, "ldm": 77}
+LENGTH = 77  # tokens of a caption, of CLIP and of latent diffusion, and of T5 in SD3
 DTYPES = ("stored", "float32", "float16", "bfloat16")
 
 
@@ -35,7 +35,8 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument("--output", required=True, help="the export or folder to write")
   parser.add_argument("--to", default="export", metavar="export|huggingface")
   parser.add_argument("--tokenizer", default="", help="its folder, where it is another one")
-  parser.add_argument("--length", type=int, help="tokens that a caption takes (77)")
+  parser.add_argument("--length", type=int, default=LENGTH,
+                      help=f"tokens that a caption takes ({LENGTH})")
   parser.add_argument("--layer", type=int, default=-1,
                       help="CLIP: whose output is the sequence: -1, the last; -2, the one before")
   parser.add_argument("--no-final-norm", action="store_true",
@@ -79,7 +80,7 @@ def from_huggingface(flags) -> Path:
   export.check_replaceable(flags.output)
   folder = Path(flags.source).expanduser()
   kind, published = _published(folder)
-  length = flags.length or LENGTHS[kind]
+  length = flags.length
   tokenizer = read_tokenizer(flags.tokenizer or folder, kind, length, flags.pad)
   null = tokenizer.null()
   config = recipe.base("pretrained_text", "scenes")
