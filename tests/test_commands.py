@@ -398,13 +398,6 @@ def test_scores_are_written_into_the_model_card(exported):
   export.read(exported)
 
 
-def test_shuffled_captions_are_another_picture_s():
-  captions = [f"caption {i}" for i in range(7)]
-  shuffled = evaluate.derangement(captions)
-  assert sorted(shuffled) == captions
-  assert all(a != b for a, b in zip(captions, shuffled, strict=True))
-
-
 def test_two_processes_do_not_train_in_one_place(fails, tmp_path):
   with assembly.locked(epath.Path(tmp_path)):
     message = starts(fails, tmp_path)

@@ -77,6 +77,13 @@ def test_the_held_out_loss_is_of_the_average_and_the_same_rows(toy):
   assert averaged["pairs/error"] != pytest.approx(raw["pairs/error"], rel=1e-3)
 
 
+def test_shuffled_captions_are_another_picture_s():
+  captions = [f"caption {i}" for i in range(7)]
+  shuffled = evaluate.derangement(captions)
+  assert sorted(shuffled) == captions
+  assert all(a != b for a, b in zip(captions, shuffled, strict=True))
+
+
 def test_scores_are_of_the_captions_and_collapse_with_others():
   config = config_of("configs/quickstart.py")
   with config.unlocked():

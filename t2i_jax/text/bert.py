@@ -10,10 +10,10 @@ import jax.numpy as jnp
 
 from t2i_jax.errors import UserError
 from t2i_jax.networks.layers.attention import MultiHeadAttention
+from t2i_jax.text.layers import EPSILON, PreNormLayer, gelu
 
 Array = jax.Array
 normal = nn.initializers.normal(0.02)
-gelu = lambda x: nn.gelu(x, approximate=False)  # noqa: E731
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,27 +146,12 @@ class LDMTransformer(nn.Module):
   def __call__(self, ids: Array, mask: Array | None = None) -> Array:
     """ids int [B, L], mask bool [B, L] or None, as it was trained -> [B, L, width]."""
     config = self.config
-    norm = lambda name: nn.LayerNorm(1e-5, dtype=self.dtype, name=name)  # noqa: E731
     x = nn.Embed(config.vocab_size, config.width, embedding_init=normal, name="tokens")(ids)
     x = x + self.param("positions", normal, (config.length, config.width))[: ids.shape[1]]
     x = x.astype(self.dtype)
     for i in range(config.layers):
-      x = _PreNormLayer(config, self.dtype, name=f"layers_{i}")(x, mask)
-    return norm("norm_out")(x)
-
-
-class _PreNormLayer(nn.Module):
-  config: LDMConfig
-  dtype: jnp.dtype
-
-  @nn.compact
-  def __call__(self, x: Array, mask: Array | None) -> Array:
-    config = self.config
-    y = nn.LayerNorm(1e-5, dtype=self.dtype, name="norm_attention")(x)
-    x = x + MultiHeadAttention(
-      config.heads, dtype=self.dtype, head_size=config.head_size, input_bias=False,
-      name="attention",
-    )(y, mask=mask)  # fmt: skip
-    y = nn.LayerNorm(1e-5, dtype=self.dtype, name="norm_mlp")(x)
-    y = gelu(nn.Dense(config.mlp, dtype=self.dtype, name="mlp_in")(y))
-    return x + nn.Dense(config.width, dtype=self.dtype, name="mlp_out")(y)
+      x = PreNormLayer(
+        config.heads, config.mlp, head_size=config.head_size, input_bias=False, dtype=self.dtype,
+        name=f"layers_{i}",
+      )(x, mask)  # fmt: skip
+    return nn.LayerNorm(EPSILON, dtype=self.dtype, name="norm_out")(x)

@@ -9,25 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from t2i_jax.errors import UserError
-from t2i_jax.networks.layers.attention import MultiHeadAttention
+from t2i_jax.text.layers import ACTIVATIONS, EPSILON, PreNormLayer
 
 Array = jax.Array
 normal = nn.initializers.normal(0.02)
-
-
-def quick_gelu(x: Array) -> Array:
-  """The sigmoid approximation of GELU that OpenAI's models were trained with."""
-  return x * nn.sigmoid(1.702 * x)
-
-
-# transformers' names of activations.
-ACTIVATIONS = {
-  "quick_gelu": quick_gelu,
-  "gelu": lambda x: nn.gelu(x, approximate=False),
-  "gelu_new": lambda x: nn.gelu(x, approximate=True),
-  "relu": nn.relu,
-}
-EPSILON = 1e-5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,26 +113,10 @@ VISION = {
 }
 
 
-class Layer(nn.Module):
-  """A pre-norm transformer layer.
-
-  Attributes:
-    config: sizes.
-    dtype: type of the computation.
-  """
-
-  config: TowerConfig
-  dtype: jnp.dtype = jnp.float32
-
-  @nn.compact
-  def __call__(self, x: Array, mask: Array | None = None) -> Array:
-    """x [B, L, width], mask bool, broadcastable to [B, H, L, L] -> [B, L, width]."""
-    config = self.config
-    y = nn.LayerNorm(EPSILON, dtype=self.dtype, name="norm_attention")(x)
-    x = x + MultiHeadAttention(config.heads, dtype=self.dtype, name="attention")(y, mask=mask)
-    y = nn.LayerNorm(EPSILON, dtype=self.dtype, name="norm_mlp")(x)
-    y = ACTIVATIONS[config.activation](nn.Dense(config.mlp, dtype=self.dtype, name="mlp_in")(y))
-    return x + nn.Dense(config.width, dtype=self.dtype, name="mlp_out")(y)
+def _layer(config: TowerConfig, i: int, dtype: jnp.dtype) -> PreNormLayer:
+  return PreNormLayer(
+    config.heads, config.mlp, config.activation, dtype=dtype, name=f"layers_{i}"
+  )
 
 
 class CLIPText(nn.Module):
@@ -192,7 +161,7 @@ class CLIPText(nn.Module):
       allowed = allowed & mask[:, None, None, :]
     sequence = x
     for i in range(config.layers if self.pool else chosen):
-      x = Layer(config, self.dtype, name=f"layers_{i}")(x, allowed)
+      x = _layer(config, i, self.dtype)(x, allowed)
       if i + 1 == chosen:
         sequence = x
     norm = nn.LayerNorm(EPSILON, dtype=self.dtype, name="norm_out")
@@ -244,7 +213,7 @@ class CLIPVision(nn.Module):
     x = x + self.param("positions", normal, (x.shape[1], config.width)).astype(self.dtype)
     x = nn.LayerNorm(EPSILON, dtype=self.dtype, name="norm_in")(x)
     for i in range(config.layers):
-      x = Layer(config, self.dtype, name=f"layers_{i}")(x)
+      x = _layer(config, i, self.dtype)(x)
     pooled = nn.LayerNorm(EPSILON, dtype=self.dtype, name="norm_out")(x[:, 0])
     if self.project:
       pooled = nn.Dense(

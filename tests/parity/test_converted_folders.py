@@ -4,9 +4,9 @@ import json
 
 import numpy as np
 import pytest
+import transformers
 
 torch = pytest.importorskip("torch", reason="the reference needs torch: install t2i_jax[parity]")
-transformers = pytest.importorskip("transformers")
 
 from tokenizers import Tokenizer as Backend  # noqa: E402
 from tokenizers import models, pre_tokenizers, trainers  # noqa: E402

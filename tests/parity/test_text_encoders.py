@@ -3,9 +3,9 @@
 import jax
 import numpy as np
 import pytest
+import transformers
 
 torch = pytest.importorskip("torch", reason="the reference needs torch: install t2i_jax[parity]")
-transformers = pytest.importorskip("transformers")
 
 from t2i_jax.text import bert, clip, t5  # noqa: E402
 from t2i_jax.weights import text_encoders as maps  # noqa: E402
@@ -201,7 +201,7 @@ def test_bert():
 
 
 def test_latent_diffusion():
-  pytest.importorskip("diffusers")
+  pytest.importorskip("diffusers", reason="the reference is theirs: install t2i_jax[parity]")
   from diffusers.pipelines.latent_diffusion import pipeline_latent_diffusion as reference
 
   config = reference.LDMBertConfig(
