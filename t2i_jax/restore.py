@@ -137,7 +137,7 @@ class Run:
       keep_every=steps_of(config.checkpoint.keep_every, "checkpoint.keep_every") or None,
     )
     run = cls(plan, 0, [], False, checkpoints, None, config.system)
-    frozen = _placed(components, plan, checkpoints)
+    frozen = _placed(components, plan)
     if checkpoints.latest_step() is not None:
       run._restore(checkpoints, frozen, loader)
     elif config.resume:
@@ -183,15 +183,13 @@ class Run:
     loader.restore(meta["data"])
 
 
-def _placed(components: assembly.Components, plan: Plan, own: Checkpoints) -> Any:
+def _placed(components: assembly.Components, plan: Plan) -> Any:
   """The components' variables on their devices."""
   if components.held_by is None:
     return jax.device_put(components.variables, plan.shardings.frozen)
-  if components.held_by == own.directory:
-    return own.restore_frozen(plan.abstract_state.frozen)
-  others = Checkpoints(components.held_by, read_only=True)
-  frozen = others.restore_frozen(plan.abstract_state.frozen)
-  others.close()
+  held = Checkpoints(components.held_by, read_only=True)
+  frozen = held.restore_frozen(plan.abstract_state.frozen)
+  held.close()
   return frozen
 
 
@@ -278,7 +276,7 @@ def restored_variables(
     raise UserError(f"no checkpoint in {checkpoints.directory} yet")
   plan = Plan.make(config, mesh, system, components.variables, 1, lambda value, key: 0)
   state = checkpoints.restore(step, plan.abstract_state.replace(frozen={}))
-  frozen = _placed(components, plan, checkpoints)
+  frozen = _placed(components, plan)
   checkpoints.close()
   variables = held_variables(system, state.replace(frozen=frozen), ema)
   return config, step, on_host(variables), tokenizer, components.about

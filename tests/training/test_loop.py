@@ -285,3 +285,20 @@ def test_metrics_are_read_one_step_late(monkeypatch):
   train(counted, state, 0, Batches(), options, Log(options, lambda *_: None), lambda *_: None)
   assert order == ["step", "step", "read", "step", "read", "step", "read", "read"]
 
+
+def test_a_few_steps_behind_a_save_give_no_rate():
+  """Their metrics may be read in a burst, long after they were done."""
+  written = {}
+  log = Log(LoopOptions(100, 10, 0, 4), written.__setitem__)
+
+  def steps(first, last):
+    for step in range(first, last + 1):
+      log.push(step, {"a/loss": np.float32(1), "finite": np.bool_(True)})
+
+  steps(1, 7)
+  log.restart_clock()
+  steps(8, 12)
+  log.restart_clock()
+  steps(13, 21)
+  assert "steps_per_second" not in written[10] and written[10]["examples"] == 40
+  assert written[20]["steps_per_second"] > 0
