@@ -198,7 +198,7 @@ def run_tokenizer(
     exported = export.read(config.init_from)
     key, tokenizer = "init_from", exported.tokenizer
     if tokenizer.length != config.text.length:
-      with naming_differences("init_from", config, exported.config):
+      with naming_differences(config, exported.config):
         raise UserError(f"init_from={config.init_from} takes prompts of {tokenizer.length} tokens")
   else:
     return make_tokenizer(config, source)
@@ -210,7 +210,7 @@ def run_tokenizer(
 
 
 @contextlib.contextmanager
-def naming_differences(key: str, config: ConfigDict, theirs: ConfigDict) -> Iterator[None]:
+def naming_differences(config: ConfigDict, theirs: ConfigDict) -> Iterator[None]:
   """Adds to a UserError what the config's `model` and `text` have otherwise than another's."""
   try:
     yield

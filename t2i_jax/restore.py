@@ -149,7 +149,7 @@ class Run:
       run._state = plan.create(put(loader.peek(), batch_sharding(mesh)), frozen)
       if config.init_from:
         exported = export.read(config.init_from)
-        with assembly.naming_differences("init_from", config, exported.config):
+        with assembly.naming_differences(config, exported.config):
           run._state = _initialised(run._state, system, exported)
     return run
 
