@@ -41,14 +41,14 @@ def main() -> None:
   minutes, pipeline, rows = minutes_at(args.workdir, steps), None, []
   print("minutes    step" + "".join(f"{name:>10}" for name in data.ATTRIBUTES))
   for step, spent in zip(steps, minutes, strict=True):
-    config, _, variables, tokenizer, about = restored_variables(
+    config, _, variables, tokenizers, about = restored_variables(
       epath.Path(args.workdir), step, ema=True
     )
     if pipeline is None:
       with config.unlocked():
         set_data_options(config, args.data_option)
       pipeline = Pipeline(
-        assembly.build_with(config, about), tokenizer, make_mesh({"data": -1}), config=config
+        assembly.build_with(config, about), tokenizers, make_mesh({"data": -1}), config=config
       )
     pipeline.variables = variables
     options = config.sample.options.to_dict()

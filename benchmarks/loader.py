@@ -75,7 +75,8 @@ def _make_pictures(folder: Path, count: int = 64) -> None:
 
 def _rate(source, workers: int, flags) -> float:
   tokenizer = train_tokenizer(list(source.captions())[:2000], 512, 32)
-  loader = Loader(source, lambda c: {"text_encoder": tokenizer.encode(c)}, flags.batch_size, 0,
+  read_text = lambda captions: {"text": {"text_encoder": tokenizer.encode(captions)}}  # noqa: E731
+  loader = Loader(source, read_text, flags.batch_size, 0,
                   workers=workers)
   for _ in range(3):
     next(loader)

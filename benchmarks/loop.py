@@ -43,9 +43,9 @@ def main():
   source = assembly.open_data(
     config, assembly.training_split(config), assembly.resolution_of(system)
   )
-  tokenizer = assembly.make_tokenizer(config, source)
+  tokenizers = assembly.make_tokenizer(config, source)
   loader = Loader(
-    source, assembly.tokenize_with(tokenizer), size, config.seed, host_rows(size, mesh)
+    source, assembly.read_text(tokenizers), size, config.seed, host_rows(size, mesh)
   )
   place = lambda batch: put(batch, batch_sharding(mesh))  # noqa: E731
   with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:

@@ -16,11 +16,12 @@ from ml_collections import ConfigDict
 from t2i_jax import config as configs
 from t2i_jax import data, systems
 from t2i_jax.data.base import Source
+from t2i_jax.data.text_cache import TextCache
 from t2i_jax.errors import UserError, unknown
 from t2i_jax.parallel.distributed import broadcast_bytes, is_primary
 from t2i_jax.systems.base import Field, System
-from t2i_jax.systems.conditioning import GROUP
-from t2i_jax.text.tokenizer import Tokenizer, train_tokenizer
+from t2i_jax.systems.conditioning import GROUP, encoder_names
+from t2i_jax.text.tokenizer import Tokenizer, Tokenizers, train_tokenizer
 
 # What a run's work directory holds of it, beside checkpoints, metrics and samples.
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
@@ -41,9 +42,12 @@ def compute_dtype(config: ConfigDict) -> Any:
   return configs.choose("precision.compute", name, choices)
 
 
-def build_system(config: ConfigDict, components: Mapping[str, System] | None = None) -> System:
-  """The system of a config, computing in the config's precision."""
-  return systems.build(config, components, compute_dtype(config))
+def build_system(
+  config: ConfigDict, components: Mapping[str, System] | None = None,
+  cached_null: Mapping[str, Any] | None = None,
+) -> System:
+  """The system of a config, in the config's precision; arguments as of `systems.build`."""
+  return systems.build(config, components, compute_dtype(config), cached_null)
 
 
 @dataclasses.dataclass
@@ -54,16 +58,19 @@ class Components:
     systems: by name.
     variables: `{collection: {component: tree}}` of arrays; of their shapes where `held_by` holds
       the arrays.
-    about: what builds them again: `{name: {"config", "components", "step"}}`, nested.
+    about: what builds them again, and which they are:
+      `{name: {"config", "components", "step", "fingerprint"}}`, nested.
     held_by: the checkpoint directory of the run that stored them, or None.
-    tokenizer: of the text encoder among them, where it was read from its export.
+    tokenizers: of those that have one, where they were read from their exports.
+    resting: names of those that training does not compute with; they stay off the devices.
   """
 
   systems: dict[str, System]
   variables: dict[str, dict[str, Any]]
   about: dict[str, Any]
   held_by: epath.Path | None = None
-  tokenizer: Tokenizer | None = None
+  tokenizers: dict[str, Tokenizer] = dataclasses.field(default_factory=dict)
+  resting: tuple[str, ...] = ()
 
 
 def build_with(config: ConfigDict, about: Mapping[str, Any]) -> System:
@@ -120,10 +127,10 @@ def load_components(config: ConfigDict, workdir: epath.Path | None = None) -> Co
   for name, path in config.components.items():
     exported = export.read(path)
     found.systems[name] = build_with(exported.config, exported.components)
-    if name == GROUP:
-      found.tokenizer = exported.tokenizer
+    if GROUP in exported.tokenizers.of:
+      found.tokenizers[name] = exported.tokenizers.of[GROUP]
     found.about[name] = {"config": exported.config.to_dict(), "components": exported.components,
-                         "step": exported.step}
+                         "step": exported.step, "fingerprint": export.fingerprint(path)}
     for kind, groups in exported.variables.items():
       if kind == "params":
         groups = jax.tree.map(lambda x: x.astype(dtype), groups)
@@ -162,51 +169,83 @@ def resolution_of(system: System) -> int:
   return system.batch_spec()["image"].shape[0]
 
 
-def make_tokenizer(config: ConfigDict, source: Source) -> Tokenizer:
+def make_tokenizer(config: ConfigDict, source: Source) -> Tokenizers:
   """Trains the run's tokenizer on the training captions; the same on every host."""
-  text = None
+  made = None
   if is_primary():
-    trained = train_tokenizer(source.captions(), config.text.vocab_size, config.text.length)
-    text = trained.to_json().encode()
-  return Tokenizer.from_json(broadcast_bytes(text).decode())
+    text = config.text
+    trained = train_tokenizer(source.captions(), text.vocab_size, text.length, text.tokenizer)
+    made = Tokenizers({GROUP: trained}).to_json().encode()
+  return Tokenizers.from_json(broadcast_bytes(made).decode())
 
 
-def run_tokenizer(
-  config: ConfigDict, workdir: epath.Path, source: Source, given: Tokenizer | None = None
-) -> Tokenizer:
-  """The run's tokenizer: its own, that of `resume`, of a frozen text encoder or of `init_from`.
+def run_tokenizers(
+  config: ConfigDict, workdir: epath.Path, source: Source, given: Mapping[str, Tokenizer]
+) -> Tokenizers:
+  """The run's tokenizers: its own, those of `resume`, of frozen text encoders or of `init_from`.
 
   A model keeps the ids that it knows; where none does, a tokenizer is trained.
 
   Args:
     config, workdir: of the run.
     source: whose captions a new one is trained on.
-    given: the frozen text encoder's.
+    given: the components'.
 
   Raises:
     UserError: for a tokenizer that cannot be read, or of another length than the config's.
   """
   if (workdir / CONFIG).exists():
-    return Tokenizer.load(workdir / TOKENIZER)
+    return Tokenizers.load(workdir / TOKENIZER)
+  if config.text.encoder == "component":
+    if config.resume:
+      return Tokenizers.load(epath.Path(config.resume) / TOKENIZER)
+    return component_tokenizers(config, given)
   if config.resume:
-    key, tokenizer = "resume", Tokenizer.load(epath.Path(config.resume) / TOKENIZER)
-  elif given is not None:
-    key, tokenizer = "components.text_encoder", given
+    key, tokenizers = "resume", Tokenizers.load(epath.Path(config.resume) / TOKENIZER)
   elif config.init_from:
     from t2i_jax import export
 
     exported = export.read(config.init_from)
-    key, tokenizer = "init_from", exported.tokenizer
-    if tokenizer.length != config.text.length:
+    key, tokenizers = "init_from", exported.tokenizers
+    if set(tokenizers.of) != {GROUP}:
+      raise UserError(f"init_from={config.init_from} reads text with the frozen "
+                      f"{', '.join(tokenizers.of)}; set text.encoder=component and its components")
+    if tokenizers.of[GROUP].length != config.text.length:
       with naming_differences(config, exported.config):
-        raise UserError(f"init_from={config.init_from} takes prompts of {tokenizer.length} tokens")
+        raise UserError(f"init_from={config.init_from} takes prompts of "
+                        f"{tokenizers.of[GROUP].length} tokens")
   else:
     return make_tokenizer(config, source)
-  if tokenizer.length != config.text.length:
+  lengths = [tokenizer.length for tokenizer in tokenizers.of.values()]
+  if lengths != [config.text.length]:
     value = configs.flatten(config).get(key)
-    raise UserError(f"{key}={value} takes prompts of {tokenizer.length} tokens, the config "
+    raise UserError(f"{key}={value} takes prompts of {lengths[0]} tokens, the config "
                     f"has text.length={config.text.length}; set it to the same")
-  return tokenizer
+  return tokenizers
+
+
+def component_tokenizers(config: ConfigDict, given: Mapping[str, Tokenizer]) -> Tokenizers:
+  """The tokenizers of `text.encoders`, out of those that components have."""
+  return Tokenizers({name: given[name] for name in encoder_names(config.text.encoders)})
+
+
+def open_text_cache(config: ConfigDict, components: Components) -> TextCache | None:
+  """The cache of `config.text.cache`, if it names one; its encoders then rest.
+
+  Raises:
+    UserError: for one that is not whole, or that other encoders made.
+  """
+  if not config.text.cache:
+    return None
+  names = encoder_names(config.text.encoders)
+  cache = TextCache(config.text.cache)
+  for name in names:
+    if name not in components.about:
+      raise UserError(f"text.cache={config.text.cache} is trained on, and pictures of prompts are "
+                      f"drawn with the encoder: set components.{name}=PATH of its export")
+  cache.check({name: components.about[name]["fingerprint"] for name in names})
+  components.resting = names
+  return cache
 
 
 @contextlib.contextmanager
@@ -239,9 +278,11 @@ def abstract_batch(system: System, rows: int) -> dict[str, Any]:
   })
 
 
-def tokenize_with(tokenizer: Tokenizer):
-  """Captions to a batch's `text`."""
-  return lambda captions: {GROUP: tokenizer.encode(captions)}
+def read_text(tokenizers: Tokenizers, cache: TextCache | None = None):
+  """What turns captions into a batch's `text`, or, with a cache, its `text_embedding`."""
+  if cache is not None:
+    return lambda captions: {"text_embedding": cache.lookup(captions)}
+  return lambda captions: {"text": tokenizers.encode(captions)}
 
 
 def check_batch_spec(system: System, batch: Mapping[str, Any], where: str) -> None:
@@ -353,7 +394,7 @@ def locked(workdir: epath.Path) -> Iterator[None]:
     yield
 
 
-def claim_workdir(workdir: epath.Path, config: ConfigDict, tokenizer: Tokenizer) -> None:
+def claim_workdir(workdir: epath.Path, config: ConfigDict, tokenizers: Tokenizers) -> None:
   """Makes the work directory this run's; done when nothing else can fail before training.
 
   A command that failed earlier, for a wrong value, can so be given again with
@@ -365,7 +406,7 @@ def claim_workdir(workdir: epath.Path, config: ConfigDict, tokenizer: Tokenizer)
   if not is_primary():
     return
   try:
-    for name, text in ((TOKENIZER, tokenizer.to_json()), (CONFIG, configs.to_json(config))):
+    for name, text in ((TOKENIZER, tokenizers.to_json()), (CONFIG, configs.to_json(config))):
       beside = workdir / f".{name}.writing"
       beside.write_text(text)
       beside.replace(workdir / name)

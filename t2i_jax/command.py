@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from t2i_jax.errors import UserError, exit_with, unknown
@@ -58,6 +58,34 @@ def run(parser: argparse.ArgumentParser, argv: list[str] | None,
       "--batch-size), more microbatches (train.accumulate) or more devices (mesh.fsdp); "
       f"{str(error).splitlines()[0][:200]}"
     ))
+
+
+def split_settings(argv: Sequence[str] | None) -> tuple[list[str], list[str]]:
+  """The `KEY=VALUE` of all `--config.KEY=VALUE` or `--config.KEY VALUE`, and the other words."""
+  words, settings, rest = list(sys.argv[1:] if argv is None else argv), [], []
+  while words:
+    word = words.pop(0)
+    if not word.startswith("--config."):
+      rest.append(word)
+      continue
+    setting = word.removeprefix("--config.")
+    if "=" not in setting and words and not words[0].startswith("--"):
+      setting = f"{setting}={words.pop(0)}"
+    settings.append(setting)
+  return settings, rest
+
+
+def overrides(settings: Sequence[str]) -> dict[str, str]:
+  """Values by key of settings `KEY=VALUE`; UserError for one without a value or given twice."""
+  values: dict[str, str] = {}
+  for setting in settings:
+    key, equals, value = setting.partition("=")
+    if not equals:
+      raise UserError(f"--config.{key} has no value; write --config.{key}=VALUE")
+    if key in values:
+      raise UserError(f"--config.{key} is given twice")
+    values[key] = value
+  return values
 
 
 def set_up_jax() -> None:

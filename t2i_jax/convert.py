@@ -21,17 +21,19 @@ def main(argv: list[str] | None = None) -> None:
   parser = command.parser(
     "t2i_jax.convert",
     "Makes an export of a text encoder in a Hugging Face folder (config, tokenizer, weights as\n"
-    "safetensors or PyTorch's .bin), to train on: --config.text.encoder=component\n"
-    "--config.components.text_encoder=EXPORT. Or makes such a folder of an export. Nothing is\n"
-    "downloaded, and no code in the files is run.",
+    "safetensors or PyTorch's .bin), or of CLIP in a file of OpenAI's or OpenCLIP's, to train on:\n"
+    "--config.text.encoder=component --config.components.text_encoder=EXPORT. Or makes such a\n"
+    "folder of an export. Nothing is downloaded, and no code in the files is run.",
     "python -m t2i_jax.convert --source=clip-vit-large-patch14 --output=clip-l",
     "python -m t2i_jax.convert --source=sdxl/text_encoder_2 --tokenizer=sdxl/tokenizer_2 "
     "--layer=-2 --no-final-norm --project --output=bigg",
     "python -m t2i_jax.convert --source=t5-v1_1-xxl --length=128 --masked --dtype=bfloat16 "
     "--output=t5",
+    "python -m t2i_jax.convert --source=ViT-L-14.pt --tokenizer=clip-vit-large-patch14 "
+    "--activation=quick_gelu --output=clip-l",
     "python -m t2i_jax.convert --source=clip-l --output=folder --to=huggingface",
   )
-  parser.add_argument("--source", required=True, help="the folder, or an export with --to")
+  parser.add_argument("--source", required=True, help="the folder or file, or an export with --to")
   parser.add_argument("--output", required=True, help="the export or folder to write")
   parser.add_argument("--to", default="export", metavar="export|huggingface")
   parser.add_argument("--tokenizer", default="", help="its folder, where it is another one")
@@ -45,6 +47,8 @@ def main(argv: list[str] | None = None) -> None:
                       help="CLIP: the caption's vector in the space shared with pictures")
   parser.add_argument("--masked", action="store_true",
                       help="hide padding, from the encoder and from what reads its features")
+  parser.add_argument("--activation", default="", metavar="quick_gelu|gelu",
+                      help="CLIP in a file: quick_gelu for OpenAI's, gelu for most of OpenCLIP's")
   parser.add_argument("--pad", default="", help="token of the padding in place of the folder's")
   parser.add_argument("--dtype", default="stored", metavar="|".join(DTYPES),
                       help="type of the numbers (as they are stored)")
@@ -73,13 +77,18 @@ def from_huggingface(flags) -> Path:
   import jax.numpy as jnp
 
   from t2i_jax import assembly, export, recipe
+  from t2i_jax.systems.conditioning import GROUP
   from t2i_jax.text.public_tokenizer import read_tokenizer
+  from t2i_jax.text.tokenizer import Tokenizers
   from t2i_jax.weights.key_map import STORED
   from t2i_jax.weights.stored import open_weights
 
   export.check_replaceable(flags.output)
   folder = Path(flags.source).expanduser()
-  kind, published = _published(folder)
+  kind, published, names = _published(folder, flags.activation)
+  if folder.is_file() and not flags.tokenizer:
+    raise UserError(f"'{folder}' is a file, which has no tokenizer beside; name the folder of one "
+                    "with --tokenizer")
   length = flags.length
   tokenizer = read_tokenizer(flags.tokenizer or folder, kind, length, flags.pad)
   null = tokenizer.null()
@@ -96,9 +105,9 @@ def from_huggingface(flags) -> Path:
                     f"{published['vocab_size']}; give its own with --tokenizer")
   abstract = jax.eval_shape(lambda: system.init(jax.random.key(0), {}))["params"]["encoder"]
   dtype = STORED if flags.dtype == "stored" else jnp.dtype(flags.dtype)
-  params = key_map(kind).load(open_weights(folder), abstract, source=str(folder), dtype=dtype)
+  params = names.load(open_weights(folder), abstract, source=str(folder), dtype=dtype)
   variables = {"params": {"encoder": params}}
-  return export.write(flags.output, config, 0, variables, tokenizer, ema=False)
+  return export.write(flags.output, config, 0, variables, Tokenizers({GROUP: tokenizer}), ema=False)
 
 
 def to_huggingface(source: str, output: str) -> Path:
@@ -116,7 +125,8 @@ def to_huggingface(source: str, output: str) -> Path:
   folder = Path(output).expanduser()
   if folder.exists() and any(folder.iterdir()):
     raise UserError(f"'{folder}' is there and not empty, so it is not written to; choose another")
-  kind, tokenizer = exported.config.model.kind, exported.tokenizer
+  kind = exported.config.model.kind
+  (tokenizer,) = exported.tokenizers.of.values()
   folder.mkdir(parents=True, exist_ok=True)
   write_safetensors(
     folder / "model.safetensors", key_map(kind).save(exported.variables["params"]["encoder"])
@@ -137,7 +147,38 @@ def to_huggingface(source: str, output: str) -> Path:
   return folder
 
 
-def _published(folder: Path) -> tuple[str, dict[str, Any]]:
+def _published(folder: Path, activation: str) -> tuple[str, dict[str, Any], Any]:
+  """The kind of encoder, its config as transformers writes it, and the map of its names."""
+  from t2i_jax.text.clip import published_of_open_clip
+  from t2i_jax.text.layers import ACTIVATIONS
+  from t2i_jax.weights.stored import open_weights
+  from t2i_jax.weights.text_encoders import OPEN_CLIP_TEXT
+
+  shapes = lambda: {name: t.shape for name, t in open_weights(folder).items()}  # noqa: E731
+  if folder.is_file():
+    if not activation:
+      raise UserError(f"'{folder}' does not say its activation: give --activation=quick_gelu for "
+                      "OpenAI's models, --activation=gelu for most of OpenCLIP's")
+    configs.choose("--activation", activation, ACTIVATIONS)
+    return "clip", published_of_open_clip(shapes(), activation), OPEN_CLIP_TEXT
+  if activation:
+    raise UserError(f"--activation={activation} is for weights in a file; the folder '{folder}' "
+                    "says its own")
+  path = folder / "open_clip_config.json"
+  if path.is_file():
+    try:
+      given = json.loads(path.read_text(encoding="utf-8"))["model_cfg"]
+      quick, heads = bool(given.get("quick_gelu")), int(given["text_cfg"].get("heads", 8))
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+      raise UserError(f"{path} is no model's config ({type(error).__name__}: {error}); copy it "
+                      "again") from error
+    given = published_of_open_clip(shapes(), "quick_gelu" if quick else "gelu", heads)
+    return "clip", given, OPEN_CLIP_TEXT
+  kind, given = _of_transformers(folder)
+  return kind, given, key_map(kind)
+
+
+def _of_transformers(folder: Path) -> tuple[str, dict[str, Any]]:
   """The kind of the folder's encoder, and its config.json."""
   path = folder / "config.json"
   if not folder.is_dir():

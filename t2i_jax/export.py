@@ -2,13 +2,14 @@
 
   config.json            what the model is, its step, and the other files' sizes
   variables.safetensors  parameters (EMA unless asked otherwise) and collections
-  tokenizer.json         of the prompts
+  tokenizer.json         of the prompts, for each text encoder
   README.md              the model card
 
 `python -m t2i_jax.export --help` makes one from a run's checkpoint.
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import tempfile
@@ -23,12 +24,12 @@ from ml_collections import ConfigDict
 import t2i_jax
 from t2i_jax import config as configs
 from t2i_jax.errors import UserError
-from t2i_jax.text.tokenizer import Tokenizer
+from t2i_jax.text.tokenizer import Tokenizers
 
 CONFIG, VARIABLES, TOKENIZER, CARD = (
   "config.json", "variables.safetensors", "tokenizer.json", "README.md"
 )
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclasses.dataclass
@@ -40,7 +41,7 @@ class Export:
     config: of the run that made it.
     step: of the training at which it was made.
     variables: `{collection: {group: tree}}` of numpy arrays.
-    tokenizer: of its prompts.
+    tokenizers: of its prompts.
     components: what builds the frozen systems in it, by name: `config`, `components`, `step`.
   """
 
@@ -48,7 +49,7 @@ class Export:
   config: ConfigDict
   step: int
   variables: dict[str, dict[str, Any]]
-  tokenizer: Tokenizer
+  tokenizers: Tokenizers
   components: dict[str, Any]
 
 
@@ -57,7 +58,7 @@ def write(
   config: ConfigDict,
   step: int,
   variables: Mapping[str, Any],
-  tokenizer: Tokenizer,
+  tokenizers: Tokenizers,
   components: Mapping[str, Any] | None = None,
   ema: bool = True,
   notes: str = "",
@@ -69,7 +70,7 @@ def write(
     config: of the run.
     step: of the training.
     variables: of all groups that sampling needs; arrays on the host.
-    tokenizer: of the prompts.
+    tokenizers: of the prompts.
     components: what builds the frozen systems among them, as in `Export`.
     ema: whether the parameters are moving averages.
     notes: Markdown for the model card, such as scores.
@@ -92,7 +93,7 @@ def write(
     beside.mkdir(parents=True)
     flat = {k: np.ascontiguousarray(v) for k, v in flatten(variables).items()}
     save_file(flat, beside / VARIABLES)
-    (beside / TOKENIZER).write_text(tokenizer.to_json(), encoding="utf-8")
+    (beside / TOKENIZER).write_text(tokenizers.to_json(), encoding="utf-8")
     (beside / CARD).write_text(model_card(config, step, flat, ema, notes), encoding="utf-8")
     about = {
       "format": FORMAT,
@@ -189,7 +190,20 @@ def read(path: str | os.PathLike) -> Export:
     flat = load_file(path / VARIABLES) if local else load((path / VARIABLES).read_bytes())
   except (SafetensorError, ValueError) as error:
     raise UserError(f"{path / VARIABLES} cannot be read: {error}; copy it again") from error
-  return Export(path, config, step, unflatten(flat), Tokenizer.load(path / TOKENIZER), components)
+  return Export(path, config, step, unflatten(flat), Tokenizers.load(path / TOKENIZER), components)
+
+
+def fingerprint(path: str | os.PathLike) -> str:
+  """SHA-256 of what an export that was read computes: its system, numbers and tokenizers."""
+  path = epath.Path(path).expanduser()
+  config = json.loads((path / CONFIG).read_text(encoding="utf-8"))["config"]
+  about = {name: config[name] for name in ("system", "model", "text")}
+  digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+  digest.update((path / TOKENIZER).read_bytes())
+  with (path / VARIABLES).open("rb") as file:
+    while block := file.read(1 << 24):
+      digest.update(block)
+  return digest.hexdigest()
 
 
 def add_to_card(path: str | os.PathLike, notes: str) -> None:
@@ -263,10 +277,10 @@ def _export(flags) -> None:
 
   check_replaceable(flags.output)
   ema = not flags.no_ema
-  config, step, variables, tokenizer, components = restored_variables(
+  config, step, variables, tokenizers, components = restored_variables(
     epath.Path(flags.workdir), flags.step, ema
   )
-  print(write(flags.output, config, step, variables, tokenizer, components, ema))
+  print(write(flags.output, config, step, variables, tokenizers, components, ema))
 
 
 if __name__ == "__main__":

@@ -48,11 +48,11 @@ class HeldOutLoss:
   Always the same rows, noise and times, so that steps can be compared.
   """
 
-  def __init__(self, system: System, source: Source, tokenize: Callable, mesh: Mesh,
+  def __init__(self, system: System, source: Source, read_text: Callable, mesh: Mesh,
                batch_size: int, batches: int, every: int, name: str, writers: Writers | None):
     base.require(system, base.Evaluated, "the held-out loss")
     self.every = every
-    self._source, self._tokenize, self._mesh = source, tokenize, mesh
+    self._source, self._read_text, self._mesh = source, read_text, mesh
     self._batch_size, self._batches, self._name = batch_size, batches, name
     self._writers = writers
     self._loss = jax.jit(
@@ -69,7 +69,7 @@ class HeldOutLoss:
     sums: dict[str, float] = {}
     count = 0
     rows = host_rows(self._batch_size, self._mesh)
-    batches = evaluation_batches(self._source, self._tokenize, self._batch_size, rows)
+    batches = evaluation_batches(self._source, self._read_text, self._batch_size, rows)
     for i, batch in zip(range(self._batches), batches, strict=False):
       device_batch = put(batch, batch_sharding(self._mesh))
       losses = self._loss(variables, device_batch, jax.random.key(i))

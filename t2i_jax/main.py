@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -54,39 +53,12 @@ def main(argv: list[str] | None = None) -> None:
                       help="where checkpoints, metrics, samples and the export go")
   parser.add_argument("--tensorboard", action="store_true", help="write TensorBoard files too")
   parser.add_argument("--show", action="store_true", help="print the config and stop")
-  settings, rest = _split_settings(sys.argv[1:] if argv is None else argv)
+  settings, rest = command.split_settings(argv)
   command.run(parser, rest, lambda flags: _main(flags, settings))
 
 
-def _split_settings(words: Sequence[str]) -> tuple[list[str], list[str]]:
-  """The `KEY=VALUE` of all `--config.KEY=VALUE` or `--config.KEY VALUE`, and the other words."""
-  words, settings, rest = list(words), [], []
-  while words:
-    word = words.pop(0)
-    if not word.startswith("--config."):
-      rest.append(word)
-      continue
-    setting = word.removeprefix("--config.")
-    if "=" not in setting and words and not words[0].startswith("--"):
-      setting = f"{setting}={words.pop(0)}"
-    settings.append(setting)
-  return settings, rest
-
-
-def _overrides(settings: Sequence[str]) -> dict[str, str]:
-  overrides: dict[str, str] = {}
-  for setting in settings:
-    key, equals, value = setting.partition("=")
-    if not equals:
-      raise UserError(f"--config.{key} has no value; write --config.{key}=VALUE")
-    if key in overrides:
-      raise UserError(f"--config.{key} is given twice")
-    overrides[key] = value
-  return overrides
-
-
 def _main(flags, settings: Sequence[str]) -> None:
-  config = configs.load_config(flags.config, _overrides(settings))
+  config = configs.load_config(flags.config, command.overrides(settings))
   if flags.show:
     print(configs.to_json(config), end="")
     return
@@ -118,17 +90,20 @@ def train(config: ConfigDict, workdir: str, tensorboard: bool = False) -> loop.S
 
 def _train(config, workdir, mesh, rows, tensorboard, started) -> loop.State:
   components = assembly.load_components(config, workdir)
-  system = assembly.build_system(config, components.systems)
+  cache = assembly.open_text_cache(config, components)
+  system = assembly.build_system(config, components.systems, cache and cache.null())
   source = assembly.open_data(
     config, assembly.training_split(config), assembly.resolution_of(system),
     None if "://" in str(workdir) else str(workdir),
   )
-  tokenizer = assembly.run_tokenizer(config, workdir, source, components.tokenizer)
+  tokenizers = assembly.run_tokenizers(config, workdir, source, components.tokenizers)
+  read_text = assembly.read_text(tokenizers, cache)
+  if cache is not None:
+    cache.check_captions(source.every_caption(), config.data.name)
   loader = Loader(
-    source, assembly.tokenize_with(tokenizer), config.train.batch_size, config.seed, rows,
-    config.data.workers,
+    source, read_text, config.train.batch_size, config.seed, rows, config.data.workers
   )
-  _say_truncated(source, tokenizer)
+  _say_truncated(source, tokenizers)
   assembly.check_batch_spec(system, loader.peek(), config.data.name)
   check_division(system, config.train.batch_size, config.train.accumulate, batch_shards(mesh))
   for warning in check_accumulation(system, config.train.accumulate):
@@ -145,7 +120,12 @@ def _train(config, workdir, mesh, rows, tensorboard, started) -> loop.State:
         )),
         run.plan.shardings,
       )
-      hooks = _hooks(config, system, source, tokenizer, mesh, workdir, writers, run, steps_of)
+      pipeline = None
+      if isinstance(system, base.Sampler):
+        pipeline = Pipeline(system, tokenizers, mesh, config=config, resting=run.resting)
+      hooks = _hooks(
+        config, system, source, read_text, pipeline, mesh, workdir, writers, run, steps_of
+      )
       flops = 0.0
       if run.step < total:
         _say_parameters(run)
@@ -155,8 +135,8 @@ def _train(config, workdir, mesh, rows, tensorboard, started) -> loop.State:
         steps_of(config.checkpoint.every, "checkpoint.every"), config.train.batch_size, flops,
         (peak_flops(jax.devices()[0]) or 0.0) * jax.device_count(),
       )
-      run.save_frozen(components)
-      assembly.claim_workdir(workdir, config, tokenizer)
+      run.save_frozen(components, config, mesh)
+      assembly.claim_workdir(workdir, config, tokenizers)
       writers.truncate_after(run.step)
       begins = f"resuming at step {run.step}" if run.step else "beginning"
       _say(f"ready to train after {time.monotonic() - started:.1f} s: {begins}, {total} steps of "
@@ -167,9 +147,12 @@ def _train(config, workdir, mesh, rows, tensorboard, started) -> loop.State:
         state, step = _loop(compiled, run, batches, options, writers, hooks)
       _say(f"trained to step {step}/{total} in {time.monotonic() - training_started:.1f} s")
       if step >= total:
-        variables = _export(config, workdir, system, state, step, tokenizer, components.about)
+        variables = held_variables(system, state, ema=True)
+        _export(config, workdir, base.merge(variables, run.resting), step, tokenizers, components)
         if _is_scored(config, system):
-          _score(config, workdir, Pipeline(system, tokenizer, mesh, variables, config, step))
+          _score(config, workdir, Pipeline(
+            system, tokenizers, mesh, variables, config, step, resting=run.resting
+          ))
       return state
     finally:
       run.checkpoints.close()
@@ -208,13 +191,16 @@ def _loop(compiled, run: Run, batches, options, writers: Writers, hooks):
   return state, step
 
 
-def _say_truncated(source, tokenizer) -> None:
-  """Says how many training captions the encoder does not take whole, judged by the first ones."""
-  lengths = tokenizer.lengths(list(itertools.islice(source.captions(), 2000)))
-  share = float((lengths > tokenizer.length).mean())
-  if share:
-    _say(f"warning: {share:.0%} of the training captions are longer than "
-         f"text.length={tokenizer.length} tokens, and are cut; the longest takes {lengths.max()}")
+def _say_truncated(source, tokenizers) -> None:
+  """Says how many training captions an encoder does not take whole, judged by the first ones."""
+  captions = list(itertools.islice(source.captions(), 2000))
+  for name, tokenizer in tokenizers.of.items():
+    lengths = tokenizer.lengths(captions)
+    share = float((lengths > tokenizer.length).mean())
+    if share:
+      _say(f"warning: {share:.0%} of the training captions are longer than the {tokenizer.length} "
+           f"tokens that {name} takes (text.length, or --length of its conversion), and are cut; "
+           f"the longest has {lengths.max()}")
 
 
 def _durations(config: ConfigDict, epoch_size: int | None):
@@ -231,7 +217,7 @@ def _durations(config: ConfigDict, epoch_size: int | None):
 
 
 def _hooks(
-  config, system, source, tokenizer, mesh, workdir, writers, run: Run, steps_of
+  config, system, source, read_text, pipeline, mesh, workdir, writers, run: Run, steps_of
 ) -> list[loop.Hook]:
   """What the run does beside stepping; what is wrong with it is found now, not hours later."""
   hooks: list[loop.Hook] = []
@@ -240,13 +226,13 @@ def _hooks(
     for split in assembly.held_out_splits(config):
       held_out = assembly.open_data(config, split, assembly.resolution_of(system))
       hooks.append(HeldOutLoss(
-        system, held_out, assembly.tokenize_with(tokenizer), mesh, config.train.batch_size,
+        system, held_out, read_text, mesh, config.train.batch_size,
         config.evaluate.batches, every, split, writers,
       ))
   every = steps_of(config.sample.every, "sample.every")
-  if not isinstance(system, base.Sampler):
+  if pipeline is None:
     return hooks
-  pipeline, options = Pipeline(system, tokenizer, mesh), config.sample.options.to_dict()
+  options = config.sample.options.to_dict()
   if _is_scored(config, system):
     check_judged(config, system, config.evaluate.pictures)
   if every or _is_scored(config, system):
@@ -295,18 +281,14 @@ def _say_parameters(run: Run) -> None:
   _say(parameter_overview.get_parameter_overview(params, max_lines=30, include_stats=False))
 
 
-def _export(config, workdir, system, state, step, tokenizer, components) -> Any:
-  """Writes the export and returns its variables, still on the devices."""
-  variables = held_variables(system, state, ema=True)
+def _export(config, workdir, variables, step, tokenizers, components) -> None:
+  variables = on_host(variables)
   if is_primary():
     path = export.write(
-      workdir / "export", config, step, on_host(variables), tokenizer, components
+      workdir / "export", config, step, variables, tokenizers, components.about
     )
     _say(f"export written to {path}; draw with: python -m t2i_jax.sample --export={path} "
          "--prompt='...'")
-  else:
-    on_host(variables)
-  return variables
 
 
 def _is_scored(config, system) -> bool:

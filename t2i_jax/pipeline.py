@@ -21,8 +21,7 @@ from t2i_jax.parallel.mesh import batch_sharding, batch_shards, make_mesh, repli
 from t2i_jax.parallel.sharding import parse_rules, shardings
 from t2i_jax.systems import base
 from t2i_jax.systems.base import System
-from t2i_jax.systems.conditioning import GROUP
-from t2i_jax.text.tokenizer import Tokenizer
+from t2i_jax.text.tokenizer import Tokenizers
 
 
 class Pipeline:
@@ -35,27 +34,34 @@ class Pipeline:
 
   Attributes:
     system: what draws.
-    tokenizer: of the prompts.
-    config: of the run that trained it, or None.
+    tokenizers: of the prompts.
+    resting: variables of text encoders that stay on the host, and visit the devices only while
+      all prompts of a call are encoded.
+    config: of the run that trained it; None will do where nothing rests.
     step: of that run.
   """
 
-  def __init__(self, system: System, tokenizer: Tokenizer, mesh: Mesh, variables: Any = None,
-               config: Any = None, step: int = 0):
+  def __init__(self, system: System, tokenizers: Tokenizers, mesh: Mesh, variables: Any = None,
+               config: Any = None, step: int = 0, resting: Any = None):
     base.require(system, base.Sampler, "sampling")
-    self.system, self.tokenizer, self.mesh = system, tokenizer, mesh
+    self.system, self.tokenizers, self.mesh = system, tokenizers, mesh
+    self.resting = resting or {}
     self.variables, self.config, self.step = variables, config, step
     compiled = {"compiler_options": compiler_options(mesh.devices.flat[0].platform)}
     self._condition = jax.jit(system.condition, **compiled)
+    self._whole = jax.jit(lambda x: x, out_shardings=replicated(mesh), **compiled)
     self._sample = jax.jit(self._to_uint8, out_shardings=replicated(mesh), **compiled)
 
   @classmethod
-  def load(cls, path: str | Path, mesh: Mapping[str, int] | None = None) -> "Pipeline":
+  def load(
+    cls, path: str | Path, mesh: Mapping[str, int] | None = None, offload_text: bool = False
+  ) -> "Pipeline":
     """Reads an export onto the devices.
 
     Args:
       path: the export's folder.
       mesh: devices along each axis; all of them along `data` by default.
+      offload_text: keep frozen text encoders off the devices while pictures are drawn.
 
     Raises:
       UserError: for a folder that is no whole export, or whose networks are not this version's.
@@ -64,9 +70,13 @@ class Pipeline:
     devices = make_mesh(mesh or {"data": -1})
     system = assembly.build_with(exported.config, exported.components)
     _check_fits(system, exported)
+    names = system.text.frozen_groups if offload_text else ()
+    resting, working = base.split(exported.variables, names)
     rules = parse_rules(exported.config.sharding.rules)
-    placed = jax.device_put(exported.variables, shardings(exported.variables, rules, devices))
-    return cls(system, exported.tokenizer, devices, placed, exported.config, exported.step)
+    placed = jax.device_put(working, shardings(working, rules, devices))
+    return cls(
+      system, exported.tokenizers, devices, placed, exported.config, exported.step, resting
+    )
 
   def __call__(
     self,
@@ -136,15 +146,39 @@ class Pipeline:
     variables = self.variables if variables is None else variables
     shards = batch_shards(self.mesh)
     size = -(-min(batch_size, len(prompts)) // shards) * shards
-    for start in range(0, len(prompts), size):
-      part = list(prompts[start : start + size])
-      text = self.tokenizer.encode(part + [""] * (size - len(part)))
+    starts = range(0, len(prompts), size)
+    parts = [list(prompts[start : start + size]) for start in starts]
+    encoded = self._encoded(variables, parts, size)
+    for start, part, conditioning in zip(starts, parts, encoded, strict=True):
       indices = np.arange(first + start, first + start + size)
       with jax.set_mesh(self.mesh):
-        text, indices = self._put((text, indices))
-        conditioning = self._condition(variables, {"text": {GROUP: text}})
-        drawn = self._sample(variables, conditioning, jnp.uint32(seed), indices, chosen)
+        drawn = self._sample(
+          variables, conditioning, jnp.uint32(seed), self._put(indices), chosen
+        )
       yield np.asarray(drawn)[: len(part)]
+
+  def _encoded(self, variables: Any, parts: list[list[str]], size: int) -> Iterator[Any]:
+    """The conditioning of each part of the prompts, filled up to `size`."""
+    if not self.resting:
+      for part in parts:
+        yield self._encode(variables, part, size)
+      return
+    rules = parse_rules(self.config.sharding.rules)
+    visiting = jax.device_put(self.resting, shardings(self.resting, rules, self.mesh))
+    kept = [self._off(self._encode(base.merge(variables, visiting), part, size)) for part in parts]
+    del visiting
+    for conditioning in kept:
+      with jax.set_mesh(self.mesh):
+        yield self._put(conditioning)
+
+  def _encode(self, variables: Any, part: list[str], size: int) -> Any:
+    text = self.tokenizers.encode(part + [""] * (size - len(part)))
+    with jax.set_mesh(self.mesh):
+      return self._condition(variables, {"text": self._put(text)})
+
+  def _off(self, conditioning: Any) -> Any:
+    """Conditioning on every host, whole."""
+    return jax.tree.map(np.asarray, self._whole(conditioning))
 
   def check(self, variables: Any, **options: Any) -> None:
     """Traces, without compiling or drawing, what a call with these options would run.
@@ -158,21 +192,16 @@ class Pipeline:
     """
     rows = batch_shards(self.mesh)
     chosen = base.make_options(self.system, options)
-    text = self.tokenizer.encode([""] * rows)
+    text = self.tokenizers.encode([""] * rows)
     with jax.set_mesh(self.mesh):
-      given = jax.eval_shape(self.system.condition, variables, {"text": {GROUP: text}})
+      whole = base.merge(variables, self.resting)
+      given = jax.eval_shape(self.system.condition, whole, {"text": text})
       jax.eval_shape(self._to_uint8, variables, given, jnp.uint32(0), np.arange(rows), chosen)
 
   def truncated(self, prompts: Sequence[str]) -> list[str]:
     """A line for each prompt that the encoder cannot take whole, saying what is cut."""
-    lines = []
-    for prompt in prompts:
-      lost = self.tokenizer.truncated(prompt)
-      if lost is not None:
-        lost = lost if len(lost) <= 80 else f"{lost[:80]}..."
-        lines.append(f"prompt '{prompt[:40]}...' is longer than the {self.tokenizer.length} tokens "
-                     f"that the encoder takes: '{lost}' is cut off")
-    return lines
+    lines = map(self.tokenizers.truncated, prompts)
+    return [line for line in lines if line is not None]
 
   def _put(self, tree: Any) -> Any:
     """Host arrays, the same on every host, split over the devices by row."""

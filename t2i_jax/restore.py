@@ -21,7 +21,7 @@ from t2i_jax.parallel.mesh import batch_sharding, make_mesh
 from t2i_jax.parallel.sharding import parse_rules, put, shardings
 from t2i_jax.systems import base
 from t2i_jax.systems.base import System
-from t2i_jax.text.tokenizer import Tokenizer
+from t2i_jax.text.tokenizer import Tokenizers
 from t2i_jax.training import state as states
 from t2i_jax.training.checkpoint import Checkpoints
 from t2i_jax.training.optimizers import make_optimizer, unmatched
@@ -104,6 +104,7 @@ class Run:
     step: steps done when the run was opened.
     window: per-step metrics of the open logging window.
     hooks_due: whether the run was stopped before the hooks of this step.
+    resting: variables, on the host, of components that training does not compute with.
     checkpoints: where the state is stored.
   """
 
@@ -111,6 +112,7 @@ class Run:
   step: int
   window: list[dict[str, float]]
   hooks_due: bool
+  resting: dict[str, dict[str, Any]]
   checkpoints: Checkpoints
   _state: State | None
   _system: str
@@ -131,13 +133,14 @@ class Run:
     Raises:
       UserError: for a checkpoint or export that does not fit.
     """
-    plan = Plan.make(config, mesh, system, components.variables, total, steps_of)
+    _, working = base.split(components.variables, components.resting)
+    plan = Plan.make(config, mesh, system, working, total, steps_of)
     checkpoints = Checkpoints(
       workdir / "checkpoints", keep_last=config.checkpoint.keep_last,
       keep_every=steps_of(config.checkpoint.keep_every, "checkpoint.keep_every") or None,
     )
-    run = cls(plan, 0, [], False, checkpoints, None, config.system)
-    frozen = _placed(components, plan)
+    frozen, resting = _placed(components, config, mesh)
+    run = cls(plan, 0, [], False, resting, checkpoints, None, config.system)
     if checkpoints.latest_step() is not None:
       run._restore(checkpoints, frozen, loader)
     elif config.resume:
@@ -153,9 +156,14 @@ class Run:
           run._state = _initialised(run._state, system, exported)
     return run
 
-  def save_frozen(self, components: assembly.Components) -> None:
+  def save_frozen(self, components: assembly.Components, config: ConfigDict, mesh: Mesh) -> None:
     """Stores the frozen groups, once a run; before `take_state`."""
-    self.checkpoints.save_frozen(self._state.frozen, {"components": components.about})
+    if self.checkpoints.has_frozen():
+      return
+    # Those that rest visit the devices, to be stored as all others are.
+    placed = jax.device_put(self.resting, _frozen_shardings(self.resting, config, mesh))
+    frozen = base.merge(self._state.frozen, placed)
+    self.checkpoints.save_frozen(frozen, {"components": components.about})
 
   def take_state(self) -> State:
     """The state, which the caller may donate; the run forgets it."""
@@ -183,14 +191,26 @@ class Run:
     loader.restore(meta["data"])
 
 
-def _placed(components: assembly.Components, plan: Plan) -> Any:
-  """The components' variables on their devices."""
+def _frozen_shardings(variables: Mapping[str, Any], config: ConfigDict, mesh: Mesh) -> Any:
+  rules = parse_rules(config.sharding.rules)
+  return shardings({"frozen": dict(variables)}, rules, mesh)["frozen"]
+
+
+def _placed(
+  components: assembly.Components, config: ConfigDict, mesh: Mesh
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """The components' variables: on their devices, and on the host of those that rest."""
   if components.held_by is None:
-    return jax.device_put(components.variables, plan.shardings.frozen)
+    resting, working = base.split(components.variables, components.resting)
+    return jax.device_put(working, _frozen_shardings(working, config, mesh)), resting
+  abstract = jax.tree.map(
+    lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+    dict(components.variables), _frozen_shardings(components.variables, config, mesh),
+  )
   held = Checkpoints(components.held_by, read_only=True)
-  frozen = held.restore_frozen(plan.abstract_state.frozen)
+  resting, working = base.split(held.restore_frozen(abstract), components.resting)
   held.close()
-  return frozen
+  return working, on_host(resting)
 
 
 def _initialised(state: State, system: System, exported: export.Export) -> State:
@@ -242,12 +262,7 @@ def _compare(path: Any, wanted: Mapping[str, Any], given: Mapping[str, Any]) -> 
 
 def held_variables(system: System, state: State, ema: bool) -> dict[str, Any]:
   """Variables of the groups that sampling needs, where they lie."""
-  wanted = set(system.ema_groups) | set(system.frozen_groups)
-  kept = {
-    kind: {name: tree for name, tree in groups.items() if name in wanted}
-    for kind, groups in state.variables(ema).items()
-  }
-  return {kind: groups for kind, groups in kept.items() if groups}
+  return base.split(state.variables(ema), (*system.ema_groups, *system.frozen_groups))[0]
 
 
 def on_host(tree: Any) -> Any:
@@ -259,8 +274,8 @@ def on_host(tree: Any) -> Any:
 
 def restored_variables(
   workdir: epath.Path, step: int | None, ema: bool
-) -> tuple[ConfigDict, int, dict[str, Any], Tokenizer, dict[str, Any]]:
-  """Config, step, exportable variables, tokenizer and `Components.about` of a run's checkpoint.
+) -> tuple[ConfigDict, int, dict[str, Any], Tokenizers, dict[str, Any]]:
+  """Config, step, exportable variables, tokenizers and `Components.about` of a run's checkpoint.
 
   Raises:
     UserError: where there is no run, no such checkpoint, or a damaged one.
@@ -269,14 +284,14 @@ def restored_variables(
   mesh = make_mesh({"data": -1})
   components = assembly.load_components(config, workdir)
   system = assembly.build_system(config, components.systems)
-  tokenizer = Tokenizer.load(workdir / "tokenizer.json")
+  tokenizers = Tokenizers.load(workdir / assembly.TOKENIZER)
   checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
   step = checkpoints.latest_step() if step is None else step
   if step is None:
     raise UserError(f"no checkpoint in {checkpoints.directory} yet")
   plan = Plan.make(config, mesh, system, components.variables, 1, lambda value, key: 0)
   state = checkpoints.restore(step, plan.abstract_state.replace(frozen={}))
-  frozen = _placed(components, plan)
+  frozen, _ = _placed(components, config, mesh)
   checkpoints.close()
   variables = held_variables(system, state.replace(frozen=frozen), ema)
-  return config, step, on_host(variables), tokenizer, components.about
+  return config, step, on_host(variables), tokenizers, components.about

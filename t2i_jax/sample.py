@@ -28,6 +28,8 @@ def main(argv: list[str] | None = None) -> None:
     "--option=eta=0.5",
   )
   add_export_flags(parser)
+  parser.add_argument("--offload-text", action="store_true",
+                      help="keep a frozen text encoder off the devices while pictures are drawn")
   parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be repeated")
   parser.add_argument("--prompts", metavar="FILE", help="a text file with a prompt on each line")
   parser.add_argument("--count", type=int, default=1, help="pictures a prompt (1)")
@@ -81,7 +83,7 @@ def _sample(flags) -> None:
   from t2i_jax.pipeline import Pipeline
   from t2i_jax.training.grids import prompt_grid, save_picture
 
-  pipeline = Pipeline.load(flags.export)
+  pipeline = Pipeline.load(flags.export, offload_text=flags.offload_text)
   options = sampling_options(flags, pipeline)
   for line in pipeline.truncated(prompts):
     print(f"warning: {line}", file=sys.stderr)

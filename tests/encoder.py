@@ -36,7 +36,7 @@ class Encoder(base.System):
     return Conditioning(rows, text["mask"], jnp.mean(rows, axis=1))
 
   def null_text(self):
-    return {name: value[None] for name, value in null_text(LENGTH).items()}
+    return null_text(LENGTH)
 
 
 systems.SYSTEMS["encoder"] = "encoder:Encoder"
@@ -49,5 +49,5 @@ def make(path, scale):
   given = config.from_json(config.to_json(given))
   source = data.open_source("scenes", "train", 16, 0, {"levels": ("one",)})
   rows = scale * np.random.default_rng(0).normal(size=(VOCAB, WIDTH)).astype(np.float32)
-  tokenizer = assembly.make_tokenizer(given, source)
-  return export.write(path, given, 1, {"params": {"table": {"rows": rows}}}, tokenizer)
+  tokenizers = assembly.make_tokenizer(given, source)
+  return export.write(path, given, 1, {"params": {"table": {"rows": rows}}}, tokenizers)

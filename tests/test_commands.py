@@ -64,7 +64,8 @@ def test_help_teaches(name, capsys):
   assert exit.value.code == 0
   assert f"usage: t2i_jax.{name}" in text
   examples = text.partition("examples:\n")[2].splitlines()
-  assert examples and all(line.startswith(f"  python -m t2i_jax.{name} --") for line in examples)
+  begins = re.compile(rf"  python -m t2i_jax\.{name} ([a-z]+ )?--")
+  assert examples and all(map(begins.match, examples))
   # What the examples use exists.
   flags = set(re.findall(r"^  (?:-h, )?(--[a-z-]+)", text, re.MULTILINE))
   for line in examples:
@@ -73,7 +74,7 @@ def test_help_teaches(name, capsys):
 
 
 def test_there_are_commands():
-  assert {"main", "sample", "export", "evaluate"} <= set(COMMANDS)
+  assert {"main", "sample", "export", "evaluate", "convert", "precompute"} <= set(COMMANDS)
 
 
 @pytest.mark.parametrize("module, flags, message", [
@@ -280,7 +281,7 @@ def test_exports_that_are_not_whole(run, exported, fails):
     (exported / name).write_bytes(content)
   about = json.loads((exported / "config.json").read_text())
   for change, message in (
-    ({"format": 99}, "has export format 99, this version reads 2"),
+    ({"format": 99}, "has export format 99, this version reads 3"),
     ({"config": {}}, "its config has no section"),
     ({"config": {**about["config"], "system": "toi"}}, "unknown system 'toi'"),
     ({"step": None}, "is not an export's (TypeError"),
@@ -349,7 +350,7 @@ def test_a_picture_does_not_depend_on_the_batch_or_the_devices(run):
   np.testing.assert_array_equal(pipeline(prompts, seed=5, batch_size=2), whole)
   np.testing.assert_array_equal(pipeline(prompts[3:], seed=5, first=3), whole[3:])
   np.testing.assert_array_equal(pipeline(prompts[0], seed=5), whole[:1])
-  one = type(pipeline)(pipeline.system, pipeline.tokenizer, make_mesh({}, jax.devices()[:1]),
+  one = type(pipeline)(pipeline.system, pipeline.tokenizers, make_mesh({}, jax.devices()[:1]),
                        jax.device_get(pipeline.variables), pipeline.config)
   np.testing.assert_array_equal(one(prompts, seed=5), whole)
   assert (pipeline(prompts, seed=6) != whole).any()
@@ -432,7 +433,7 @@ def test_long_captions_are_said_once_at_the_start(tmp_path, capfd):
   train_on(config_of(TOY, train__duration=1, sample__every=0, evaluate__every=0, text__length=9),
            tmp_path)
   err = capfd.readouterr().err
-  assert re.search(r"warning: \d+% of the training captions are longer than text.length=9", err)
+  assert re.search(r"warning: \d+% of the training captions are longer than the 9 tokens", err)
 
 
 def test_a_full_disk_leaves_the_old_export_whole(run, exported, fails, monkeypatch):

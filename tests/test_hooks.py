@@ -32,13 +32,13 @@ def toy():
   system = assembly.build_system(config)
   assert isinstance(system, Toy)
   source = assembly.open_data(config, "held_out_pairs", 16)
-  tokenizer = assembly.make_tokenizer(config, source)
+  tokenizers = assembly.make_tokenizer(config, source)
   batch = jax.tree.map(
     lambda x: jnp.zeros(x.shape, x.dtype), assembly.abstract_batch(system, 8)
   )
   optimizers = {player.name: optax.sgd(0.1) for player in system.players}
   state = states.create(system, optimizers, 0, batch, {}, True)
-  return system, source, tokenizer, state.replace(ema=jax.tree.map(lambda x: x + 1.0, state.ema))
+  return system, source, tokenizers, state.replace(ema=jax.tree.map(lambda x: x + 1.0, state.ema))
 
 
 def test_samples_are_of_the_average_and_one_seed(toy, tmp_path):
@@ -62,11 +62,11 @@ def test_samples_are_of_the_average_and_one_seed(toy, tmp_path):
 
 
 def test_the_held_out_loss_is_of_the_average_and_the_same_rows(toy):
-  system, source, tokenizer, state = toy
+  system, source, tokenizers, state = toy
   writers = Writers()
   mesh = make_mesh({}, jax.devices()[:1])
   measure = hooks.HeldOutLoss(
-    system, source, assembly.tokenize_with(tokenizer), mesh, 8, 2, 1, "pairs", writers
+    system, source, assembly.read_text(tokenizers), mesh, 8, 2, 1, "pairs", writers
   )
   with jax.set_mesh(mesh):
     measure(1, state)

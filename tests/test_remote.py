@@ -78,7 +78,7 @@ def test_exports_are_there_when_their_config_is(bucket, tmp_path):
   train_on(config_of(TOY, train__duration=1, sample__every=0, evaluate__every=0), tmp_path / "run")
   local = export.read(tmp_path / "run" / "export")
   for _ in range(2):  # the second replaces the first
-    path = export.write(bucket / "a" / "export", local.config, 1, local.variables, local.tokenizer)
+    path = export.write(bucket / "a" / "export", local.config, 1, local.variables, local.tokenizers)
   assert os.fspath(path) == "gs://bucket/a/export" and not os.path.exists("gs:")
   export.add_to_card(path, "Judged")
   assert (path / "README.md").read_text().endswith("Judged\n")
@@ -101,7 +101,7 @@ def test_a_work_directory(bucket, tmp_path):
     writers.scalars(1, {"loss": 1.0})
     source = assembly.open_data(config, "train", 16)
     assembly.claim_workdir(workdir, config, assembly.make_tokenizer(config, source))
-    assembly.claim_workdir(workdir, config, assembly.run_tokenizer(config, workdir, source))
+    assembly.claim_workdir(workdir, config, assembly.run_tokenizers(config, workdir, source, {}))
     save_picture(workdir / "samples" / "a.png", np.zeros((4, 4, 3), np.uint8))
     save_picture(workdir / "samples" / "a.png", np.zeros((4, 4, 3), np.uint8))
   assert assembly.read_run_config(workdir).system == "toy"

@@ -110,7 +110,7 @@ class Toy(base.System):
     return {"image": Field((SIDE, SIDE, 3), "uint8"), **self.text.batch_spec()}
 
   def init(self, rng, batch, frozen=base.NO_VARIABLES):
-    text = self.text.init(base.fold_name(rng, "text_encoder"), batch)
+    text = self.text.init(base.fold_name(rng, "text_encoder"), batch, frozen)
     pooled = self.text(base.merge(text, frozen), batch).pooled
     drawer = self.drawer.init(base.fold_name(rng, "drawer"), _with_noise(rng, pooled))
     critic = self.critic.init(

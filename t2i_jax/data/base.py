@@ -61,6 +61,14 @@ class Source(abc.ABC):
     """Captions of this split, for training a tokenizer; a procedural source
     gives enough of them to hold every word that it can say."""
 
+  @abc.abstractmethod
+  def every_caption(self) -> Iterator[str]:
+    """Every caption that `fetch` can give, at least once each.
+
+    Raises:
+      UserError: there are too many to list.
+    """
+
 
 class FileSource(Source):
   """A source whose rows are read and decoded one by one.
@@ -97,3 +105,6 @@ class FileSource(Source):
   def captions(self) -> Iterator[str]:
     for index in range(len(self)):
       yield from self.captions_of(index)
+
+  def every_caption(self) -> Iterator[str]:
+    return self.captions()

@@ -15,7 +15,8 @@ from t2i_jax.data.base import FileSource, Rows, Source
 from t2i_jax.data.images import BadImage
 from t2i_jax.errors import UserError
 
-Tokenize = Callable[[list[str]], dict[str, dict[str, np.ndarray]]]
+# Captions to a batch's `text`, or to its `text_embedding`.
+ReadText = Callable[[list[str]], dict[str, dict[str, dict[str, np.ndarray]]]]
 Batch = dict[str, np.ndarray | dict]
 
 # Rows tried in place of one that cannot be decoded, before giving up.
@@ -125,11 +126,11 @@ def fetch_rows(source: Source, indices: np.ndarray, draws: np.ndarray) -> tuple[
   )
 
 
-def _batch(rows: Rows, indices: np.ndarray, tokenize: Tokenize) -> Batch:
+def _batch(rows: Rows, indices: np.ndarray, read_text: ReadText) -> Batch:
   # An infinite source's positions may pass 2^31; `index` is an int32 on devices.
   return {
     "image": rows.image,
-    "text": tokenize(rows.captions),
+    **read_text(rows.captions),
     "index": (indices % 2**31).astype(np.int32),
     **rows.extra,
   }
@@ -183,13 +184,14 @@ def _through_grain(batches: _HostBatches, workers: int) -> Iterator:
 class Loader:
   """Endless iterator of this host's numpy batches.
 
-  A batch has `image` uint8 [b, R, R, 3], `text` (what `tokenize` returns),
-  `index` int32 [b] and the source's further arrays, where b is how many of the
-  global batch's B rows this host reads.
+  A batch has `image` uint8 [b, R, R, 3], what `read_text` returns, `index` int32 [b]
+  and the source's further arrays, where b is how many of the global batch's B rows
+  this host reads.
 
   Args:
     source: where rows come from; see `in_memory`.
-    tokenize: captions to {encoder: {"ids", "mask"}}.
+    read_text: captions to {"text": {encoder: {"ids", "mask"}}}, or to {"text_embedding":
+      {encoder: features by field}}.
     batch_size: B, over all hosts.
     seed: of the order and of the draws.
     rows: of the global batch, that this host reads; `parallel.mesh.host_rows`
@@ -204,13 +206,13 @@ class Loader:
   def __init__(
     self,
     source: Source,
-    tokenize: Tokenize,
+    read_text: ReadText,
     batch_size: int,
     seed: int,
     rows: np.ndarray | None = None,
     workers: int = 0,
   ):
-    self._source, self._tokenize, self._workers = source, tokenize, workers
+    self._source, self._read_text, self._workers = source, read_text, workers
     self._batch_size = batch_size
     self._rows = own_rows(batch_size, rows)
     self._order = Order(seed, source)
@@ -238,7 +240,7 @@ class Loader:
       if isinstance(fetched, UserError):
         raise fetched
       indices, rows = fetched
-      self._peeked = _batch(rows, indices, self._tokenize)
+      self._peeked = _batch(rows, indices, self._read_text)
     return self._peeked
 
   def __next__(self) -> Batch:
@@ -265,7 +267,7 @@ class Loader:
 
 def evaluation_batches(
   source: Source,
-  tokenize: Tokenize,
+  read_text: ReadText,
   batch_size: int,
   rows: np.ndarray | None = None,
 ) -> Iterator[Batch]:
@@ -284,4 +286,4 @@ def evaluation_batches(
     valid = positions < len(source)
     indices = np.where(valid, positions, 0)
     taken, rows = fetch_rows(source, indices, draws_at(0, indices))
-    yield _batch(rows, indices, tokenize) | {"valid": valid & (taken == indices)}
+    yield _batch(rows, indices, read_text) | {"valid": valid & (taken == indices)}

@@ -81,6 +81,9 @@ class InMemory(Source):
   def captions(self) -> Iterator[str]:
     return itertools.chain.from_iterable(self._captions)
 
+  def every_caption(self) -> Iterator[str]:
+    return self.captions()
+
 
 def in_memory(
   source: Source,

@@ -18,7 +18,7 @@ SYSTEMS = {
   "pretrained_text": "t2i_jax.systems.text.pretrained:PretrainedText",
 }
 # Fields of a system or of its text conditioner that do not come from the config.
-_BUILT = ("text", "dtype", "components", "component", "null_embedding")
+_BUILT = ("text", "dtype", "components", "cached_null")
 
 
 def load(name: str) -> type:
@@ -43,7 +43,8 @@ def default_sections(name: str) -> dict[str, ConfigDict]:
 
 
 def build(
-  config: Mapping[str, Any], components: Mapping[str, Any] | None = None, dtype: Any = jnp.float32
+  config: Mapping[str, Any], components: Mapping[str, Any] | None = None, dtype: Any = jnp.float32,
+  cached_null: Mapping[str, Any] | None = None,
 ) -> base.System:
   """The system of a config.
 
@@ -51,31 +52,50 @@ def build(
     config: with the sections `system`, `model` and `text`.
     components: systems of `config.components`, by name.
     dtype: type of the computation.
+    cached_null: of the `TextConditioner`, where batches bring features.
 
   Raises:
     UserError: for an unknown system or key, or values that make no system.
   """
-  from t2i_jax.systems.conditioning import TextConditioner
-
   components = dict(components or {})
   cls = load(config["system"])
-  for section, target in (("model", cls), ("text", TextConditioner)):
-    for key in config[section]:
-      known = [f"{section}.{name}" for name in _defaults(target)]
-      if f"{section}.{key}" not in known:
-        raise unknown("config key", f"{section}.{key}", known)
-  encoder = components.pop("text_encoder", None)
-  if config["text"].get("encoder") == "component" and encoder is None:
-    raise UserError("text.encoder=component needs components.text_encoder=PATH of its export")
-  if encoder is not None:
-    base.require(encoder, base.TextEncoder, "components.text_encoder")
-  text = TextConditioner(**config["text"], component=encoder, dtype=dtype)
+  _check_keys(config, "model", cls)
+  text = build_text(config, components, dtype, cached_null)
+  for name in text.frozen_groups:
+    components.pop(name)
   built: dict[str, Any] = {"text": text, "dtype": dtype}
   if components:
     if "components" not in {field.name for field in dataclasses.fields(cls)}:
-      raise UserError(f"system {config['system']} takes no component '{sorted(components)[0]}'")
+      raise UserError(f"system {config['system']} takes no component '{sorted(components)[0]}'; "
+                      "text encoders are those that text.encoders names, with "
+                      "text.encoder=component")
     built["components"] = components
   return cls(**config["model"], **built)
+
+
+def build_text(
+  config: Mapping[str, Any], components: Mapping[str, Any], dtype: Any = jnp.float32,
+  cached_null: Mapping[str, Any] | None = None,
+):
+  """The `TextConditioner` of a config; arguments and errors as of `build`."""
+  from t2i_jax.systems.conditioning import TextConditioner
+
+  _check_keys(config, "text", TextConditioner)
+  text = TextConditioner(**config["text"], dtype=dtype)
+  encoders = {}
+  for name in text.frozen_groups:
+    if name not in components:
+      raise UserError(f"text.encoder=component needs components.{name}=PATH of its export")
+    base.require(components[name], base.TextEncoder, f"components.{name}")
+    encoders[name] = components[name]
+  return dataclasses.replace(text, components=encoders, cached_null=cached_null)
+
+
+def _check_keys(config: Mapping[str, Any], section: str, cls: type) -> None:
+  known = [f"{section}.{name}" for name in _defaults(cls)]
+  for key in config[section]:
+    if f"{section}.{key}" not in known:
+      raise unknown("config key", f"{section}.{key}", known)
 
 
 def _defaults(cls: type) -> dict[str, Any]:

@@ -132,6 +132,8 @@ class Field:
 class System(abc.ABC):
   """One method; see the module's docstring.
 
+  Every system has `text`, the `TextConditioner` that it is built with.
+
   Class attributes:
     Options: a `struct.dataclass` of the sampling options with their defaults,
       static fields marked `pytree_node=False`; None without a sampler.
@@ -210,8 +212,11 @@ class FirstStage(Protocol):
 class TextEncoder(Protocol):
   """A system that turns token ids into conditioning."""
 
-  def encode(self, variables: Variables, text: Mapping[str, Array]) -> Conditioning: ...
-  def null_text(self) -> Mapping[str, Any]: ...
+  def encode(self, variables: Variables, text: Mapping[str, Array]) -> Conditioning:
+    """Of `ids` and `mask` [B, L]."""
+
+  def null_text(self) -> Mapping[str, Any]:
+    """`ids` and `mask` [L] of the empty caption; L is what the encoder takes."""
 
 
 @runtime_checkable
@@ -296,6 +301,20 @@ def merge(*parts: Variables) -> dict[str, dict[str, Any]]:
     for kind, groups in part.items():
       merged[kind] = {**merged.get(kind, {}), **groups}
   return merged
+
+
+def split(
+  variables: Variables, names: tuple[str, ...]
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+  """The variables of the groups that are named, and those of the others."""
+  parts = []
+  for named in (True, False):
+    kept = {
+      kind: {name: tree for name, tree in groups.items() if (name in names) == named}
+      for kind, groups in variables.items()
+    }
+    parts.append({kind: groups for kind, groups in kept.items() if groups})
+  return parts[0], parts[1]
 
 
 def with_params(variables: Variables, params: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

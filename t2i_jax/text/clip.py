@@ -74,6 +74,38 @@ class TextConfig(TowerConfig):
     )  # fmt: skip
 
 
+def published_of_open_clip(
+  shapes: Mapping[str, tuple[int, ...]], activation: str, heads: int = 0
+) -> dict[str, Any]:
+  """What transformers would write as the config of a text tower under OpenCLIP's names.
+
+  Args:
+    shapes: of the tensors.
+    activation: "quick_gelu" for OpenAI's models, "gelu" for most of OpenCLIP's.
+    heads: of the attention; one for each 64 channels if 0.
+
+  Raises:
+    UserError: a tensor without which there is no tower is missing.
+  """
+  needed = ("token_embedding.weight", "positional_embedding", "text_projection",
+            "transformer.resblocks.0.mlp.c_fc.weight")  # fmt: skip
+  missing = [name for name in needed if name not in shapes]
+  if missing:
+    raise UserError(f"these are no weights of CLIP under OpenAI's or OpenCLIP's names: "
+                    f"{', '.join(missing)} missing")
+  vocab, width = shapes["token_embedding.weight"]
+  layers = {name.split(".")[2] for name in shapes if name.startswith("transformer.resblocks.")}
+  return {
+    "model_type": "clip_text_model", "hidden_size": width, "num_hidden_layers": len(layers),
+    "num_attention_heads": heads or max(width // 64, 1),
+    "intermediate_size": shapes[needed[3]][0], "hidden_act": activation, "vocab_size": vocab,
+    "max_position_embeddings": shapes["positional_embedding"][0],
+    # The markers are the last of the vocabulary.
+    "bos_token_id": vocab - 2, "eos_token_id": vocab - 1,
+    "projection_dim": shapes["text_projection"][1], "layer_norm_eps": EPSILON,
+  }
+
+
 @dataclasses.dataclass(frozen=True)
 class VisionConfig(TowerConfig):
   """The vision tower.

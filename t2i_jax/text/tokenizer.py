@@ -1,19 +1,20 @@
-"""Captions to token ids: byte-level BPE trained on a data set's captions, or a public tokenizer.
+"""Captions to token ids: a tokenizer trained on a data set's captions, or a public one.
 
-Either is kept in the export as the `tokenizers` library's JSON.
+Either is kept in the export as the `tokenizers` library's JSON, one for each text encoder.
 """
 
 import dataclasses
 import html
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from etils import epath
 
-from t2i_jax.errors import UserError
+from t2i_jax.errors import UserError, unknown
 
 PAD, START, END = 0, 1, 2
 SPECIAL_TOKENS = ("<pad>", "<start>", "<end>")
@@ -105,25 +106,24 @@ class Tokenizer:
       return None
     return CLEANERS[self.clean](caption)[encoding.offsets[self._room][0] :].strip()
 
-  def to_json(self) -> str:
-    """The tokenizer as text that `from_json` reads."""
+  def to_dict(self) -> dict[str, Any]:
+    """What `from_dict` reads, for JSON."""
     about = {name: getattr(self, name) for name in ("length", "start", "end", "pad", "clean")}
-    return json.dumps({**about, "definition": json.loads(self.definition)})
+    return {**about, "definition": json.loads(self.definition)}
 
   @classmethod
-  def from_json(cls, text: str) -> "Tokenizer":
-    """Reads what `to_json` wrote.
+  def from_dict(cls, content: Mapping[str, Any]) -> "Tokenizer":
+    """Reads what `to_dict` gave.
 
     Raises:
       ValueError: for anything else.
     """
     try:
-      content = json.loads(text)
-      definition = json.dumps(content.pop("definition"))
-      tokenizer = cls(definition, **content)
+      about = dict(content)
+      tokenizer = cls(json.dumps(about.pop("definition")), **about)
       if not isinstance(tokenizer.length, int) or tokenizer.clean not in CLEANERS:
         raise TypeError("its length is no number, or its cleaning is unknown")
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
       raise ValueError(f"it has no definition and length ({error})") from error
     try:
       tokenizer._backend  # noqa: B018
@@ -131,8 +131,50 @@ class Tokenizer:
       raise ValueError(f"its definition cannot be read ({error})") from error
     return tokenizer
 
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizers:
+  """The tokenizer of each text encoder of a model.
+
+  Attributes:
+    of: by the encoder's name.
+  """
+
+  of: Mapping[str, Tokenizer]
+
+  def encode(self, captions: Sequence[str]) -> dict[str, dict[str, np.ndarray]]:
+    """What a batch has as `text`: `ids` and `mask` [n, length] of n captions, by encoder."""
+    return {name: tokenizer.encode(captions) for name, tokenizer in self.of.items()}
+
+  def truncated(self, caption: str) -> str | None:
+    """A line that says what of `caption` does not reach an encoder, or None when all does."""
+    cut = []
+    for name, tokenizer in self.of.items():
+      lost = tokenizer.truncated(caption)
+      if lost is not None:
+        lost = lost if len(lost) <= 80 else f"{lost[:80]}..."
+        which = f"'{name}'" if len(self.of) > 1 else "the encoder"
+        cut.append(f"the {tokenizer.length} tokens that {which} takes: '{lost}' is cut off")
+    return f"prompt '{caption[:40]}...' is longer than {'; and than '.join(cut)}" if cut else None
+
+  def to_json(self) -> str:
+    """The tokenizers as text that `from_json` reads."""
+    return json.dumps({name: tokenizer.to_dict() for name, tokenizer in self.of.items()})
+
   @classmethod
-  def load(cls, path: str | os.PathLike) -> "Tokenizer":
+  def from_json(cls, text: str) -> "Tokenizers":
+    """Reads what `to_json` wrote.
+
+    Raises:
+      ValueError: for anything else.
+    """
+    content = json.loads(text)
+    if not isinstance(content, dict) or not all(isinstance(v, dict) for v in content.values()):
+      raise ValueError("it names no encoders")
+    return cls({name: Tokenizer.from_dict(given) for name, given in content.items()})
+
+  @classmethod
+  def load(cls, path: str | os.PathLike) -> "Tokenizers":
     """Reads a tokenizer file.
 
     Raises:
@@ -155,24 +197,39 @@ def null_text(length: int) -> dict[str, np.ndarray]:
   return {"ids": ids, "mask": ids != PAD}
 
 
-def train_tokenizer(captions: Iterable[str], vocab_size: int, length: int) -> Tokenizer:
-  """Trains byte-level BPE (Sennrich et al. 2016; Radford et al. 2019, 2.2) on captions.
+def train_tokenizer(
+  captions: Iterable[str], vocab_size: int, length: int, kind: str = "bpe"
+) -> Tokenizer:
+  """Trains a tokenizer on captions.
 
   Lower-cases, so that "A red circle" and "a red circle" are the same prompt.
   Every text can be encoded, whatever its script, as all 256 bytes have ids.
+
+  Args:
+    captions: to learn from.
+    vocab_size: ids, the markers and bytes included; fewer where the captions give no more.
+    length: tokens a caption takes, the markers included.
+    kind: a key of `TRAINERS`.
 
   Raises:
     UserError: when `vocab_size` cannot hold the bytes and the markers, or
       `length` no token beside the markers.
   """
-  from tokenizers import Tokenizer as Backend
-  from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
-
+  if kind not in TRAINERS:
+    raise unknown("text tokenizer", kind, TRAINERS)
   smallest = 256 + len(SPECIAL_TOKENS)
   if vocab_size < smallest:
     raise UserError(f"text.vocab_size={vocab_size} is too small; use at least {smallest}")
   if length < 3:
     raise UserError(f"text.length={length} leaves no room for a caption; use at least 3")
+  return Tokenizer(TRAINERS[kind](captions, vocab_size), length)
+
+
+def _train_bpe(captions: Iterable[str], vocab_size: int) -> str:
+  """Byte-level BPE: Sennrich et al. 2016; Radford et al. 2019, 2.2."""
+  from tokenizers import Tokenizer as Backend
+  from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
   backend = Backend(models.BPE())
   backend.normalizer = normalizers.Sequence(
     [normalizers.NFC(), normalizers.Lowercase(), normalizers.Strip()]
@@ -188,4 +245,42 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, length: int) -> To
       show_progress=False,
     ),
   )
-  return Tokenizer(backend.to_str(), length)
+  return backend.to_str()
+
+
+def _train_sentencepiece(captions: Iterable[str], vocab_size: int) -> str:
+  """The unigram model of Kudo 2018 with SentencePiece's spaces (Kudo and Richardson 2018).
+
+  Characters that the captions do not have fall back to their bytes.
+  """
+  from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
+  from tokenizers import Tokenizer as Backend
+
+  # One for what a piece cannot spell; with the bytes, no text needs it.
+  markers = [*SPECIAL_TOKENS, "<unk>"]
+  octets = [f"<0x{byte:02X}>" for byte in range(256)]
+  backend = Backend(models.Unigram())
+  backend.normalizer = normalizers.Sequence([
+    normalizers.NFKC(), normalizers.Lowercase(), normalizers.Strip(),
+    normalizers.Replace(Regex(" {2,}"), " "),
+  ])  # fmt: skip
+  backend.pre_tokenizer = pre_tokenizers.Metaspace()
+  backend.decoder = decoders.Sequence([
+    decoders.ByteFallback(), decoders.Fuse(), decoders.Metaspace()
+  ])
+  room = max(vocab_size - len(octets), len(markers) + 1)
+  backend.train_from_iterator(captions, trainers.UnigramTrainer(
+    vocab_size=room, special_tokens=markers, unk_token="<unk>", show_progress=False
+  ))  # fmt: skip
+  definition = json.loads(backend.to_str())
+  model = definition["model"]
+  # Below every piece, so that bytes are the last resort.
+  worst = min([score for _, score in model["vocab"]], default=0.0)
+  model["vocab"] += [[octet, worst - 10.0] for octet in octets]
+  model["byte_fallback"] = True
+  return json.dumps(definition)
+
+
+TRAINERS: dict[str, Callable[[Iterable[str], int], str]] = {
+  "bpe": _train_bpe, "sentencepiece": _train_sentencepiece,
+}

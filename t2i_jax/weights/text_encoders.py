@@ -1,4 +1,4 @@
-"""Key maps of text encoders: transformers' names on the other side.
+"""Key maps of text encoders: transformers' names on the other side, or their authors' own.
 
 Paths are those of the parameters of the networks in `t2i_jax/text/`.
 """
@@ -56,6 +56,60 @@ CLIP_VISION = KeyMap(
 CLIP = KeyMap(
   [*_clip_text("text/"), *_clip_vision("vision/"), Rule("logit_scale", "logit_scale")],
   [_POSITIONS],
+)
+
+
+
+def _open_clip_layers(ours: str, theirs: str) -> list[Rule]:
+  layer, of = f"{ours}layers_{{i}}", f"{theirs}.resblocks.{{i}}"
+  rules = []
+  # The three projections are one matrix there.
+  for index, our in enumerate(("query", "key", "value")):
+    rules += [
+      Rule(f"{layer}/attention/{our}/kernel", f"{of}.attn.in_proj_weight", linear, (index, 3)),
+      Rule(f"{layer}/attention/{our}/bias", f"{of}.attn.in_proj_bias", part=(index, 3)),
+    ]
+  rules += dense(f"{layer}/attention/out", f"{of}.attn.out_proj")
+  for our, their in (("mlp_in", "mlp.c_fc"), ("mlp_out", "mlp.c_proj")):
+    rules += dense(f"{layer}/{our}", f"{of}.{their}")
+  for our, their in (("norm_attention", "ln_1"), ("norm_mlp", "ln_2")):
+    rules += norm(f"{layer}/{our}", f"{of}.{their}")
+  return rules
+
+
+def _open_clip_text(ours: str = "") -> list[Rule]:
+  return [
+    Rule(f"{ours}tokens/embedding", "token_embedding.weight"),
+    Rule(f"{ours}positions", "positional_embedding"),
+    *_open_clip_layers(ours, "transformer"),
+    *norm(f"{ours}norm_out", "ln_final"),
+    Rule(f"{ours}projection/kernel", "text_projection"),
+  ]
+
+
+def _open_clip_vision(ours: str = "") -> list[Rule]:
+  return [
+    Rule(f"{ours}class", "visual.class_embedding"),
+    Rule(f"{ours}patches/kernel", "visual.conv1.weight", conv),
+    Rule(f"{ours}positions", "visual.positional_embedding"),
+    *norm(f"{ours}norm_in", "visual.ln_pre"),
+    *_open_clip_layers(ours, "visual.transformer"),
+    *norm(f"{ours}norm_out", "visual.ln_post"),
+    Rule(f"{ours}projection/kernel", "visual.proj"),
+  ]
+
+
+# OpenAI's own files and OpenCLIP's, whose names are the same.
+_SETTINGS = r"^(input_resolution|context_length|vocab_size|attn_mask)$"
+OPEN_CLIP_TEXT = KeyMap(_open_clip_text(), [_SETTINGS, r"^visual\.", "^logit_scale$"])
+OPEN_CLIP_VISION = KeyMap(
+  _open_clip_vision(),
+  [_SETTINGS, r"^(transformer|token_embedding|ln_final)\.",
+   "^(positional_embedding|text_projection|logit_scale)$"],
+)  # fmt: skip
+OPEN_CLIP = KeyMap(
+  [*_open_clip_text("text/"), *_open_clip_vision("vision/"), Rule("logit_scale", "logit_scale")],
+  [_SETTINGS],
 )
 
 T5 = KeyMap(

@@ -66,6 +66,13 @@ class _Inert:
   __setstate__ = __setitem__ = append = extend = add = _ignored
 
 
+class _Script:
+  """A module of TorchScript: its attributes, of which tensors and other modules are kept."""
+
+  def __setstate__(self, state):
+    self.attributes = state if isinstance(state, Mapping) else {}
+
+
 def _rebuild_tensor(storage, offset, shape, strides, *_):
   if not isinstance(storage, _Storage):
     raise Refused("a tensor without a storage")
@@ -110,6 +117,11 @@ _GLOBALS: dict[tuple[str, str], Any] = {
     "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool",
   )},
 }  # fmt: skip
+# Lists of TorchScript's, which are given as lists.
+_GLOBALS |= {
+  ("torch.jit._pickle", f"build_{kind}list"): lambda items: items
+  for kind in ("int", "double", "bool", "tensor")
+}
 # Latent diffusion's checkpoints hold callbacks of this package.
 _INERT_PACKAGES = ("pytorch_lightning", "lightning", "lightning_fabric")
 
@@ -122,8 +134,11 @@ class _Unpickler(pickle.Unpickler):
   def find_class(self, module: str, name: str) -> Any:
     if (module, name) in _GLOBALS:
       return _GLOBALS[module, name]
-    if module.partition(".")[0] in _INERT_PACKAGES:
+    package = module.partition(".")[0]
+    if package in _INERT_PACKAGES:
       return _Inert
+    if package == "__torch__":  # a class whose code lies beside, in the archive, unread
+      return _Script
     raise Refused(f"it would call {module}.{name}")
 
   def persistent_load(self, pid: Any) -> _Storage:
@@ -140,7 +155,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def open_torch(path: Path) -> dict[str, Stored]:
-  """The tensors of a file that torch.save wrote, by name; no code in it is run.
+  """The tensors of a file of torch.save or torch.jit.save, by name; no code in it is run.
 
   Nested containers give dotted names. Where one of them is called `state_dict` or so, it is what is
   read, as in training checkpoints.
@@ -237,6 +252,8 @@ def _unwrapped(tree: Any) -> Any:
 
 def _flat(tree: Any, seen: set[int], prefix: str = ""):
   """Dotted names and tensors of nested containers, each container once: it may hold itself."""
+  if isinstance(tree, _Script):
+    tree = getattr(tree, "attributes", {})
   if isinstance(tree, _Tensor):
     yield prefix, tree
   elif isinstance(tree, (Mapping, list, tuple)) and id(tree) not in seen:

@@ -197,7 +197,7 @@ def break_some(folder):
 
 def tokenize(captions):
   ids = np.array([[int(caption.split()[1])] for caption in captions], np.int32)
-  return {"number": {"ids": ids, "mask": np.ones(ids.shape, bool)}}
+  return {"text": {"number": {"ids": ids, "mask": np.ones(ids.shape, bool)}}}
 
 
 @pytest.mark.parametrize("memory_limit", [1 << 20, 0])

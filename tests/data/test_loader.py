@@ -52,10 +52,13 @@ class Endless(Source):
   def captions(self):
     return iter(())
 
+  def every_caption(self):
+    return iter(())
+
 
 def tokenize(captions):
   ids = np.array([[int(c.split()[0]), ord(c.split()[1])] for c in captions], np.int32)
-  return {"words": {"ids": ids, "mask": np.ones(ids.shape, bool)}}
+  return {"text": {"words": {"ids": ids, "mask": np.ones(ids.shape, bool)}}}
 
 
 def take(loader, count):

@@ -23,6 +23,7 @@ from t2i_jax.data.scenes import (
   split_of,
   two_object_scenes,
 )
+from t2i_jax.data.scenes.grammar import captions_of
 from t2i_jax.errors import UserError
 
 
@@ -212,3 +213,29 @@ def test_articles():
 def test_user_errors(arguments, message):
   with pytest.raises(UserError, match=message):
     Scenes(**arguments)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_caption_of_a_scene_is_listed_once(level):
+  for scene in Scenes("held_out_pairs", levels=(level,)).scenes(np.arange(5)):
+    listed = captions_of(scene)
+    assert len(listed) == len(set(listed)) and {parse(text) for text in listed} == {scene}
+    assert set(listed) >= {caption(scene, int(draw)) for draw in draws(3000)}
+    # And none that is never drawn, as far as drawing can tell.
+    if len(listed) < 100:
+      assert set(listed) == {caption(scene, int(draw)) for draw in draws(3000)}
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_every_caption_that_rows_can_have(split):
+  source = Scenes(split, levels=("one",))
+  listed = set(source.every_caption())
+  rows = source.fetch(np.arange(2000), draws(2000))
+  assert set(rows.captions) <= listed
+  assert {split_of(parse(text)) for text in listed} == {split}
+
+
+def test_what_has_too_many_captions_is_one_line():
+  with pytest.raises(UserError, match="'counts' have too many captions to list"):
+    next(Scenes(levels=("one", "counts")).every_caption())
+  assert next(Scenes("held_out_pairs", levels=("counts",)).every_caption())

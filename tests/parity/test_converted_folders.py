@@ -72,11 +72,12 @@ def test_a_folder_of_transformers(tmp_path, kind, tokens, model, flags, safe):
   convert.main([f"--source={folder}", f"--output={tmp_path / 'export'}", f"--length={LENGTH}",
                 *flags])
   exported = export.read(tmp_path / "export")
-  text = exported.tokenizer.encode(PROMPTS)
+  (tokenizer,) = exported.tokenizers.of.values()
+  text = tokenizer.encode(PROMPTS)
   # The markers, set by hand where the reference's tokenizer was made without a rule for them.
   ids, mask = torch.from_numpy(text["ids"]).long(), torch.from_numpy(text["mask"]).long()
   plain = [tokens(prompt, add_special_tokens=False)["input_ids"] for prompt in PROMPTS]
-  start = int(exported.tokenizer.start is not None)
+  start = int(tokenizer.start is not None)
   for row, (given, expected) in enumerate(zip(text["ids"], plain, strict=True)):
     room = LENGTH - start - 1
     assert given[start : start + len(expected[:room])].tolist() == expected[:room], PROMPTS[row]

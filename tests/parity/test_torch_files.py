@@ -46,3 +46,27 @@ def test_what_torch_saves(tmp_path, zipped):
     value = as_numpy(value)
     assert (found[name].shape, found[name].dtype) == (value.shape, value.dtype), name
     assert found[name].read().tobytes() == value.tobytes(), name
+
+
+def test_what_torchscript_saves(tmp_path):
+  """OpenAI published CLIP so. The archive holds code, which is not looked at."""
+
+  class Block(torch.nn.Module):
+    def __init__(self):
+      super().__init__()
+      self.layers = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+      self.scale = torch.nn.Parameter(torch.randn(2).half())
+      self.register_buffer("steps", torch.arange(3))
+      self.sizes, self.name = [1, 2, 3], "block"
+
+    def forward(self, x):
+      return self.layers(x) * self.scale
+
+  network = Block()
+  path = tmp_path / "model.pt"
+  torch.jit.script(network).save(str(path))
+  found = open_weights(path)
+  expected = network.state_dict()
+  assert set(found) == set(expected)
+  for name, value in expected.items():
+    np.testing.assert_array_equal(found[name].read(), as_numpy(value))

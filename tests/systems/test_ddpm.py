@@ -229,7 +229,7 @@ def test_training_makes_pictures_obey_their_text(trained):
 
 
 def test_a_frozen_text_encoder_travels_in_the_export():
-  system = dataclasses.replace(SYSTEM, text=TextConditioner("component", component=object()))
+  system = dataclasses.replace(SYSTEM, text=TextConditioner("component", components={}))
   assert system.frozen_groups == ("text_encoder",)
   assert system.ema_groups == system.players[0].trains == ("denoiser",)
 

@@ -204,24 +204,28 @@ def test_samples_depend_on_text_and_key_but_not_on_the_batch(variables):
   np.testing.assert_array_equal(sample(first, keys[:1], 0.0), sample(first, keys[1:2], 0.0))
 
 
+EMBEDDED = {"text_encoder": {"pooled": np.eye(4, 5, dtype="f4")}}
+
+
 def precomputed():
-  text = TextConditioner(encoder="precomputed", null_embedding={"pooled": np.zeros((1, 5), "f4")})
+  null = {"text_encoder": {"pooled": np.zeros((1, 5), "f4")}}
+  text = TextConditioner(encoder="component", cached_null=null)
   return dataclasses.replace(SYSTEM, text=text)
 
 
 def test_precomputed_embeddings_take_the_place_of_the_encoder():
   system = precomputed()
-  batch = {"image": make_batch(4)["image"], "text_embedding": {"pooled": np.eye(4, 5, dtype="f4")}}
+  batch = {"image": make_batch(4)["image"], "text_embedding": EMBEDDED}
   variables = filled(jax.eval_shape(system.init, jax.random.key(0), batch))
   assert set(variables["params"]) == {"generator", "discriminator"}
   assert np.all(np.asarray(system._differs(batch, KEY)))
-  assert set(system.batch_spec()) == {"image", "text_embedding/pooled"}
+  assert set(system.batch_spec()) == {"image", "text_embedding/text_encoder/pooled"}
 
 
 def test_the_generators_forward_pass_is_merged_between_the_players():
   """The step's promise, on a batch whose text no player trains."""
   system = dataclasses.replace(precomputed(), interpolation=0.0)
-  batch = {"image": make_batch(4)["image"], "text_embedding": {"pooled": np.eye(4, 5, dtype="f4")}}
+  batch = {"image": make_batch(4)["image"], "text_embedding": EMBEDDED}
   shapes = jax.eval_shape(system.init, jax.random.key(0), batch)
   discriminator, generator = system.players
 

@@ -5,7 +5,15 @@ import pytest
 import tokenizers
 
 from t2i_jax.errors import UserError
-from t2i_jax.text.tokenizer import END, PAD, START, Tokenizer, null_text, train_tokenizer
+from t2i_jax.text.tokenizer import (
+  END,
+  PAD,
+  START,
+  Tokenizer,
+  Tokenizers,
+  null_text,
+  train_tokenizer,
+)
 
 CAPTIONS = ["a large red circle", "a small blue square at the top", "a red circle at the left"]
 # One of each kind: Latin with accents, Cyrillic, Han, Arabic, joined emoji, NUL, markup.
@@ -110,15 +118,31 @@ def test_what_fits_exactly_is_not_truncated(tokenizer):
 
 def test_json_round_trip(tokenizer, tmp_path):
   path = tmp_path / "tokenizer.json"
-  path.write_text(tokenizer.to_json(), encoding="utf-8")
-  again = Tokenizer.load(path)
-  assert again.length == tokenizer.length and again.to_json() == tokenizer.to_json()
-  for name, value in tokenizer.encode(SCRIPTS).items():
-    np.testing.assert_array_equal(again.encode(SCRIPTS)[name], value)
+  both = Tokenizers({"long": tokenizer, "short": with_length(tokenizer, 5)})
+  path.write_text(both.to_json(), encoding="utf-8")
+  again = Tokenizers.load(path)
+  assert again.to_json() == both.to_json()
+  assert [t.length for t in again.of.values()] == [tokenizer.length, 5]
+  for encoder, given in both.encode(SCRIPTS).items():
+    for name, value in given.items():
+      np.testing.assert_array_equal(again.encode(SCRIPTS)[encoder][name], value)
+  assert again.encode(SCRIPTS)["short"]["ids"].shape == (len(SCRIPTS), 5)
+
+
+def test_what_does_not_reach_one_of_several_encoders_is_said(tokenizer):
+  one = Tokenizers({"encoder": with_length(tokenizer, 3)})
+  assert one.truncated("a red circle") == (
+    "prompt 'a red circle...' is longer than the 3 tokens that the encoder takes: 'red circle' is "
+    "cut off"
+  )
+  several = Tokenizers({"long": with_length(tokenizer, 99), **one.of})
+  assert "'encoder' takes" in several.truncated("a red circle")
+  assert "'long'" not in several.truncated("a red circle")
+  assert several.truncated("a") is None
 
 
 def test_training_is_deterministic(tokenizer):
-  assert train_tokenizer(CAPTIONS * 5, 300, 16).to_json() == tokenizer.to_json()
+  assert train_tokenizer(CAPTIONS * 5, 300, 16) == tokenizer
 
 
 def test_training_merges_what_is_frequent(tokenizer):
@@ -129,24 +153,24 @@ def test_training_merges_what_is_frequent(tokenizer):
 @pytest.mark.parametrize(
   "content",
   [
-    b"", b"not json", b"[]", b"null", b"{}", b'{"length": 8}', b"\xff\xfe\x00",
-    b'{"length": 8, "definition": {"model": "none"}}',
-    b'{"length": "many", "definition": {}}',
+    b"", b"not json", b"[]", b"null", b'{"a": {}}', b'{"a": {"length": 8}}', b"\xff\xfe\x00",
+    b'{"length": 8}', b'{"a": {"length": 8, "definition": {"model": "none"}}}',
+    b'{"a": {"length": "many", "definition": {}}}', b'{"a": [8]}',
   ],
 )
 def test_another_files_content_is_one_line(tmp_path, content):
   path = tmp_path / "tokenizer.json"
   path.write_bytes(content)
   with pytest.raises(UserError, match="is not a tokenizer of this project") as caught:
-    Tokenizer.load(path)
+    Tokenizers.load(path)
   assert "\n" not in str(caught.value) and str(path) in str(caught.value)
 
 
 def test_a_missing_file_and_a_folder_are_one_line(tmp_path):
   with pytest.raises(UserError, match="no tokenizer at"):
-    Tokenizer.load(tmp_path / "tokenizer.json")
+    Tokenizers.load(tmp_path / "tokenizer.json")
   with pytest.raises(UserError, match="cannot be read"):
-    Tokenizer.load(tmp_path)
+    Tokenizers.load(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +188,7 @@ def test_the_smallest_vocabulary_is_bytes(tokenizer):
 
 
 def test_the_file_is_the_librarys_definition_and_a_length(tokenizer):
-  content = json.loads(tokenizer.to_json())
+  content = json.loads(json.dumps(tokenizer.to_dict()))
   assert set(content) == {"definition", "length", "start", "end", "pad", "clean"}
   library = tokenizers.Tokenizer.from_str(json.dumps(content["definition"]))
   assert library.get_vocab_size() == tokenizer.vocab_size

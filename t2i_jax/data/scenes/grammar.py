@@ -116,6 +116,20 @@ class _Choices:
     return options[pick]
 
 
+class _Replay:
+  """Choices made before, then the first of each: what it takes to go through all of them."""
+
+  def __init__(self, made: list[int]):
+    self.made, self.sizes = list(made), []
+
+  def __call__(self, options):
+    number = len(self.sizes)
+    self.sizes.append(len(options))
+    if number == len(self.made):
+      self.made.append(0)
+    return options[self.made[number]]
+
+
 def _articles(text: str) -> str:
   return re.sub(r"\ba (?=[aeiou])", "an ", text)
 
@@ -132,7 +146,25 @@ def _kind(thing: Thing, choose: _Choices) -> str:
 
 def caption(scene: Scene, draw: int) -> str:
   """A caption of `scene`, lower case; the number `draw` picks its phrasing."""
-  choose = _Choices(draw)
+  return _said(scene, _Choices(draw))
+
+
+def captions_of(scene: Scene) -> list[str]:
+  """Every caption of `scene`, each once."""
+  found: dict[str, None] = {}
+  made: list[int] = []
+  while True:
+    replay = _Replay(made)
+    found[_said(scene, replay)] = None
+    made = replay.made
+    while made and made[-1] + 1 == replay.sizes[len(made) - 1]:
+      made.pop()
+    if not made:
+      return list(found)
+    made[-1] += 1
+
+
+def _said(scene: Scene, choose) -> str:
   if scene.level == "one":
     (thing,) = scene.things
     text = choose(_ONE).format(

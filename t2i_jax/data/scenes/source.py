@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from t2i_jax.data.base import Rows, Source
-from t2i_jax.data.scenes.grammar import LEVELS, Scene, caption
+from t2i_jax.data.scenes.grammar import LEVELS, Scene, caption, captions_of
 from t2i_jax.data.scenes.render import mix, render
 from t2i_jax.data.scenes.split import (
   SPLITS,
@@ -92,6 +92,22 @@ class Scenes(Source):
     random = Random(self.seed, _PICTURE_STREAM)
     for index in range(_CAPTIONS):
       yield caption(self.scenes([index])[0], random.word())
+
+  def every_caption(self) -> Iterator[str]:
+    if self.infinite and "counts" in self.levels:
+      raise UserError("scenes of level 'counts' have too many captions to list; leave the level "
+                      "out of data.options.levels")
+    for scene in self._all_scenes() if self.infinite else self._held_out:
+      yield from captions_of(scene)
+
+  def _all_scenes(self) -> Iterator[Scene]:
+    """Every scene of the split, at levels that can be listed."""
+    for level in self.levels:
+      for scene in one_object_scenes() if level == "one" else two_object_scenes():
+        if split_of(scene) == self.split:
+          yield scene
+          if level == "two":
+            yield reverse(scene)
 
   def _train_scene(self, index: int) -> Scene:
     random = Random(self.seed, index)

@@ -165,7 +165,7 @@ class DDPM(base.System):
   def init(
     self, rng: Array, batch: Batch, frozen: Variables = base.NO_VARIABLES
   ) -> dict[str, dict[str, Any]]:
-    text = self.text.init(base.fold_name(rng, "text_encoder"), batch)
+    text = self.text.init(base.fold_name(rng, "text_encoder"), batch, frozen)
     x = base.normalize_images(batch["image"])
     given = self.text(base.merge(text, frozen), batch)
     drafted, layout = {}, None

@@ -126,7 +126,7 @@ class GANCLS(base.System):
   def init(
     self, rng: Array, batch: Batch, frozen: Variables = base.NO_VARIABLES
   ) -> dict[str, dict[str, Any]]:
-    text = self.text.init(base.fold_name(rng, "text_encoder"), batch)
+    text = self.text.init(base.fold_name(rng, "text_encoder"), batch, frozen)
     sentence = self._sentence(base.merge(text, frozen), batch)
     image = base.normalize_images(batch["image"])
     noise = jnp.zeros((len(image), self.noise_size))
@@ -282,8 +282,7 @@ class GANCLS(base.System):
 
   def _differs(self, batch: Batch, rng: Array) -> Array:
     """bool [B], whether the caption rolled to each row is another than its own."""
-    given = "text_embedding" if self.text.encoder == "precomputed" else "text"
-    leaves = jax.tree.leaves(batch[given])
+    leaves = jax.tree.leaves(batch["text_embedding" if "text_embedding" in batch else "text"])
     roll = _roll(rng, "mismatch", len(leaves[0]))
     changed = [x != jnp.roll(x, roll, axis=0) for x in leaves]
     return jnp.any(jnp.stack([jnp.any(c.reshape(len(c), -1), axis=1) for c in changed]), axis=0)

@@ -96,7 +96,7 @@ class PretrainedText(base.System):
     return Conditioning(sequence=sequence, mask=mask, pooled=pooled)
 
   def null_text(self) -> dict[str, Any]:
-    """`ids` and `mask` [1, L] of the empty caption."""
+    """`ids` and `mask` [L] of the empty caption."""
     at = np.arange(self.text.length)
-    return {"ids": np.array(self.null, np.int32)[None], "mask": (at < self.null_tokens)[None]}
+    return {"ids": np.array(self.null, np.int32), "mask": at < self.null_tokens}
 

@@ -135,7 +135,7 @@ class ConditionalVAE(base.System):
   def init(
     self, rng: Array, batch: Batch, frozen: Variables = base.NO_VARIABLES
   ) -> dict[str, dict[str, Any]]:
-    text = self.text.init(base.fold_name(rng, "text_encoder"), batch)
+    text = self.text.init(base.fold_name(rng, "text_encoder"), batch, frozen)
     given = self._given(base.merge(text, frozen), batch)
     image = base.normalize_images(batch["image"])
     latent = jnp.zeros((len(image), self.latent_size))
