@@ -34,6 +34,7 @@ def slice_mesh(topology: str, sizes: Mapping[str, int]) -> Mesh:
   # Without a TPU the compiler's library would wait for answers about one.
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
   os.environ.setdefault("TPU_ACCELERATOR_TYPE", f"{generation}-8")
+  os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
   from jax.experimental import topologies
 
   try:
