@@ -45,7 +45,7 @@ def main():
   )
   tokenizers = assembly.make_tokenizer(config, source)
   loader = Loader(
-    source, assembly.read_text(tokenizers), size, config.seed, host_rows(size, mesh)
+    source, assembly.ReadText(tokenizers), size, config.seed, host_rows(size, mesh)
   )
   place = lambda batch: put(batch, batch_sharding(mesh))  # noqa: E731
   with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:

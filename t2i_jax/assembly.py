@@ -29,7 +29,8 @@ CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 # Keys that a run may change when it is resumed; all others make it another run.
 FREE_SECTIONS = ("mesh", "sharding", "checkpoint", "log", "sample", "evaluate")
 FREE_KEYS = (
-  "train.duration", "data.workers", "data.memory_limit_mb", "data.prefetch", "resume", "init_from"
+  "train.duration", "data.workers", "data.memory_limit_mb", "data.prefetch", "text.cache", "resume",
+  "init_from",
 )
 
 
@@ -278,11 +279,22 @@ def abstract_batch(system: System, rows: int) -> dict[str, Any]:
   })
 
 
-def read_text(tokenizers: Tokenizers, cache: TextCache | None = None):
-  """What turns captions into a batch's `text`, or, with a cache, its `text_embedding`."""
-  if cache is not None:
-    return lambda captions: {"text_embedding": cache.lookup(captions)}
-  return lambda captions: {"text": tokenizers.encode(captions)}
+@dataclasses.dataclass(frozen=True)
+class ReadText:
+  """Turns captions into a batch's `text`, or, with a cache, its `text_embedding`."""
+
+  tokenizers: Tokenizers
+  cache: TextCache | None = None
+
+  def __call__(self, captions: list[str]) -> dict[str, Any]:
+    if self.cache is not None:
+      return {"text_embedding": self.cache.lookup(captions)}
+    return {"text": self.tokenizers.encode(captions)}
+
+  def check(self, source: Source, name: str) -> None:
+    """Raises UserError where the cache lacks a caption of the data set of that name."""
+    if self.cache is not None:
+      self.cache.check_captions(source.every_caption(), name)
 
 
 def check_batch_spec(system: System, batch: Mapping[str, Any], where: str) -> None:

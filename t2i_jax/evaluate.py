@@ -112,7 +112,7 @@ def held_out_loss(pipeline, split: str, batch_size: int) -> dict[str, float]:
   shards = batch_shards(pipeline.mesh)
   size = -(-batch_size // shards) * shards
   measure = HeldOutLoss(
-    pipeline.system, source, assembly.read_text(pipeline.tokenizers), pipeline.mesh, size, 64,
+    pipeline.system, source, assembly.ReadText(pipeline.tokenizers), pipeline.mesh, size, 64,
     0, split, None,
   )
   return measure.measure(pipeline.variables)

@@ -97,9 +97,8 @@ def _train(config, workdir, mesh, rows, tensorboard, started) -> loop.State:
     None if "://" in str(workdir) else str(workdir),
   )
   tokenizers = assembly.run_tokenizers(config, workdir, source, components.tokenizers)
-  read_text = assembly.read_text(tokenizers, cache)
-  if cache is not None:
-    cache.check_captions(source.every_caption(), config.data.name)
+  read_text = assembly.ReadText(tokenizers, cache)
+  read_text.check(source, f"{config.data.name}, {assembly.training_split(config)}")
   loader = Loader(
     source, read_text, config.train.batch_size, config.seed, rows, config.data.workers
   )
@@ -225,6 +224,7 @@ def _hooks(
   if every:
     for split in assembly.held_out_splits(config):
       held_out = assembly.open_data(config, split, assembly.resolution_of(system))
+      read_text.check(held_out, f"{config.data.name}, {split}")
       hooks.append(HeldOutLoss(
         system, held_out, read_text, mesh, config.train.batch_size,
         config.evaluate.batches, every, split, writers,

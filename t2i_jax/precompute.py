@@ -84,13 +84,14 @@ def write_features(
     output, _captions(config, splits),
     {name: {"fingerprint": components.about[name]["fingerprint"],
             "component": str(config.components[name])} for name in names},
-    dtype, shard_size,
+    dtype, shard_size, jax.process_index(), jax.process_count(),
   )
-  missing = writer.missing(jax.process_index(), jax.process_count())
+  missing = writer.missing()
   total = sum(len(writer.captions(shard)) for shard in missing)
   with tqdm(total=total, unit="caption", disable=not sys.stderr.isatty()) as bar:
     for shard in missing:
       writer.write(shard, encode(writer.captions(shard), bar.update))
+  writer.close()
   print(f"{len(writer)} captions in {output}, {total} of them encoded now; train on them with "
         f"--config.text.cache={output}")
 

@@ -66,7 +66,7 @@ def test_the_held_out_loss_is_of_the_average_and_the_same_rows(toy):
   writers = Writers()
   mesh = make_mesh({}, jax.devices()[:1])
   measure = hooks.HeldOutLoss(
-    system, source, assembly.read_text(tokenizers), mesh, 8, 2, 1, "pairs", writers
+    system, source, assembly.ReadText(tokenizers), mesh, 8, 2, 1, "pairs", writers
   )
   with jax.set_mesh(mesh):
     measure(1, state)

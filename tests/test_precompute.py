@@ -113,17 +113,30 @@ def test_a_run_on_a_cache_goes_on_when_the_export_is_gone(one, cache, tmp_path):
   t2i_jax.load(tmp_path / "again")(["a red ring"])
 
 
+def test_a_run_changes_over_to_a_cache(one, cache, tmp_path):
+  settings = dict(evaluate__every=0, sample__every=0)
+  whole = train_on(config(one, **settings), tmp_path / "whole")
+  train_on(config(one, duration=2, **settings), tmp_path / "run")
+  state = train_on(config(one, text__cache=cache, **settings), tmp_path / "run")
+  assert state.frozen == {}
+  assert_same_bits(state.replace(frozen={}), whole.replace(frozen={}))
+
+
 def test_a_stale_cache_is_refused_by_name(one, two, cache, tmp_path):
   settings = dict(text__cache=cache, evaluate__every=0, sample__every=0)
   with pytest.raises(UserError, match=f"text.cache={cache} is stale: .* another text_encoder"):
     train_on(config({"text_encoder": two["b"]}, **settings), tmp_path / "encoder")
-  with pytest.raises(UserError, match=r"lacks \d+ of the \d+ captions of scenes, such as"):
+  with pytest.raises(UserError, match=r"lacks \d+ of the \d+ captions of scenes, train, such as"):
     train_on(config(one, data__options__levels="two", **settings), tmp_path / "captions")
   with pytest.raises(UserError, match="no cache of text features in 'nowhere'"):
     train_on(config(one, text__cache="nowhere"), tmp_path / "nowhere")
   with pytest.raises(UserError, match="set components.text_encoder=PATH"):
     train_on(config({}, **settings), tmp_path / "none")
   assert not (tmp_path / "encoder" / "config.json").exists()
+  # One that the held-out loss would read, found before training.
+  precompute.write_features(config(one), str(tmp_path / "some"), ("train",))
+  with pytest.raises(UserError, match=r"captions of scenes, held_out_combinations, such as"):
+    train_on(config(one, text__cache=tmp_path / "some"), tmp_path / "held_out")
   TextCache(cache)
 
 

@@ -10,6 +10,7 @@ cache. Shards are memory-mapped; several hosts write different ones, each whole
 or not at all.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -45,13 +46,17 @@ class Writer:
     encoders: `{name: {"fingerprint": text, ...}}` of what makes the features.
     dtype: of the features, a key of `DTYPES`.
     shard_size: captions a shard.
+    host, hosts: which of several hosts writes, and how many do.
 
   Raises:
-    UserError: the folder holds something else, or cannot be written.
+    UserError: the folder holds something else, or another process of this host writes there.
+    OSError: it cannot be written.
   """
 
   def __init__(self, path: str | os.PathLike, captions: Iterable[str],
-               encoders: Mapping[str, Mapping[str, Any]], dtype: str, shard_size: int):
+               encoders: Mapping[str, Mapping[str, Any]], dtype: str, shard_size: int,
+               host: int = 0, hosts: int = 1):
+    self._host, self._hosts = host, hosts
     self._path = Path(path).expanduser()
     by_digest: dict[int, str] = {}
     for caption in ("", *dict.fromkeys(captions)):
@@ -70,6 +75,7 @@ class Writer:
   def _claim(self, order: np.ndarray, index: dict[str, Any]) -> None:
     path = self._path / _INDEX
     if path.exists():
+      self._lock()
       theirs = _read_index(self._path)
       for key in index:
         if theirs.get(key) != index[key]:
@@ -78,9 +84,10 @@ class Writer:
             f"one's is {_short(index[key])}; choose another folder, or delete that one"
           )
       return
-    if self._path.exists() and any(self._path.iterdir()):
+    if self._path.exists() and any(p for p in self._path.iterdir() if p.name[0] != "."):
       raise UserError(f"'{self._path}' is there and is no cache; choose another folder")
     self._path.mkdir(parents=True, exist_ok=True)
+    self._lock()
     beside = self._path / f".captions.{os.getpid()}.npy"
     np.save(beside, order)
     beside.replace(self._path / _DIGESTS)
@@ -88,14 +95,27 @@ class Writer:
     beside.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     beside.replace(path)
 
+  def _lock(self) -> None:
+    """Keeps other processes of this host out; the lock ends with the process."""
+    self._locked = open(self._path / f".lock.{self._host}", "w")
+    try:
+      fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise UserError(f"another process is writing the cache '{self._path}'; wait for it, or stop "
+                      "it") from error
+
+  def close(self) -> None:
+    """Lets other processes in."""
+    self._locked.close()
+
   def __len__(self) -> int:
     """Captions of the cache."""
     return len(self._captions)
 
-  def missing(self, host: int = 0, hosts: int = 1) -> list[int]:
-    """The shards that one of several hosts still has to write."""
+  def missing(self) -> list[int]:
+    """The shards that this host still has to write."""
     count = -(-len(self._captions) // self._shard_size)
-    return [n for n in range(host, count, hosts) if not _shard(self._path, n).is_dir()]
+    return [n for n in range(self._host, count, self._hosts) if not _shard(self._path, n).is_dir()]
 
   def captions(self, shard: int) -> list[str]:
     """The captions of a shard."""
@@ -112,7 +132,8 @@ class Writer:
       UserError: a feature is not finite, so the encoder or its weights are broken.
       OSError: it cannot be written.
     """
-    beside = self._path / f".{shard:05d}.{os.getpid()}"
+    beside = self._path / f".{shard:05d}"
+    shutil.rmtree(beside, ignore_errors=True)  # of a process that was killed
     try:
       beside.mkdir()
       for name, fields in features.items():

@@ -24,9 +24,10 @@ def features(captions):
 
 def write(path, dtype="float32", hosts=1, captions=CAPTIONS, only=None, about=ABOUT):
   for host in range(hosts):
-    writer = Writer(path, captions, about, dtype, 2)
-    for shard in writer.missing(host, hosts)[:only]:
+    writer = Writer(path, captions, about, dtype, 2, host, hosts)
+    for shard in writer.missing()[:only]:
       writer.write(shard, features(writer.captions(shard)))
+    writer.close()
   return writer
 
 
@@ -63,7 +64,7 @@ def test_hosts_write_different_shards_of_one_cache(tmp_path):
   write(whole)
   write(parts, hosts=3)
   for path in whole.rglob("*"):
-    if path.is_file():
+    if path.is_file() and not path.name.startswith("."):
       assert (parts / path.relative_to(whole)).read_bytes() == path.read_bytes()
 
 
@@ -76,6 +77,22 @@ def test_it_goes_on_where_it_was_stopped(tmp_path):
   write(path)
   assert (path / "00000" / "words.sequence.npy").stat().st_mtime_ns == before
   TextCache(path).check_captions(CAPTIONS, "these")
+
+
+def test_what_a_killed_process_left_is_cleared_and_a_living_one_is_left_alone(tmp_path):
+  path = tmp_path / "cache"
+  write(path, only=0)
+  (path / ".00001").mkdir()
+  (path / ".00001" / "half.npy").write_bytes(b"half")
+  writer = Writer(path, CAPTIONS, ABOUT, "float32", 2)
+  with pytest.raises(UserError, match="another process is writing the cache"):
+    Writer(path, CAPTIONS, ABOUT, "float32", 2)
+  Writer(path, CAPTIONS, ABOUT, "float32", 2, host=1, hosts=2).close()
+  writer.write(1, features(writer.captions(1)))
+  writer.close()
+  names = sorted(p.name for p in (path / "00001").iterdir())
+  assert names == ["letters.pooled.npy", "words.mask.npy", "words.sequence.npy"]
+  assert not (path / ".00001").exists()
 
 
 def test_a_shard_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
@@ -91,7 +108,8 @@ def test_a_shard_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
   monkeypatch.setattr(np, "save", full)
   with pytest.raises(OSError, match="No space left"):
     writer.write(0, features(writer.captions(0)))
-  assert sorted(p.name for p in (tmp_path / "cache").iterdir()) == ["captions.npy", "index.json"]
+  left = sorted(p.name for p in (tmp_path / "cache").iterdir())
+  assert left == [".lock.0", "captions.npy", "index.json"]
   assert 0 in writer.missing()
 
 
