@@ -29,6 +29,7 @@ setup(
     "clu>=0.0.12,<0.1",
     "transformers>=5.23,<6",
     "tokenizers>=0.22,<0.24",
+    "sentencepiece>=0.2.1,<0.3",
     "safetensors>=0.8,<0.9",
     "ftfy>=6.3,<7",  # CLIP's captions were cleaned by it
     "tensorflow-datasets>=4.9.10,<4.10",

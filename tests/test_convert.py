@@ -1,11 +1,14 @@
 """Public text encoders become exports, are trained on, and go back as they came."""
 
+import io
+import itertools
 import json
 import shutil
 
 import jax
 import numpy as np
 import pytest
+import sentencepiece
 from runs import ROOT, TOY, config_of, train_on
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -17,7 +20,7 @@ from t2i_jax.text.public_tokenizer import read_tokenizer
 from t2i_jax.text.tokenizer import Tokenizer, clean_as_clip
 from t2i_jax.weights.safetensors_file import write_safetensors
 from t2i_jax.weights.stored import open_weights
-from t2i_jax.weights.text_encoders import CLIP_TEXT
+from t2i_jax.weights.text_encoders import CLIP_TEXT, OPEN_CLIP_TEXT
 
 pytestmark = pytest.mark.usefixtures("compiled_programs")
 
@@ -176,3 +179,73 @@ def test_markers_that_a_model_does_not_have(folder):
   assert again.encode(["a red"])["ids"].tolist() == tokenizer.encode(["a red"])["ids"].tolist()
   with pytest.raises(ValueError):
     Tokenizer.from_dict({"definition": {}, "length": 5, "other": 1})
+
+
+def test_a_folder_with_sentencepiece_s_own_model(tmp_path):
+  """As Google published T5: no tokenizer.json."""
+  source = data.open_source("scenes", "train", 32, 0, {"levels": ("one",)})
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=itertools.islice(source.captions(), 5000), model_writer=model,
+    vocab_size=120, hard_vocab_limit=False, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
+  )  # fmt: skip
+  (tmp_path / "spiece.model").write_bytes(model.getvalue())
+  (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5"}))
+  tokenizer = read_tokenizer(tmp_path, "t5", 24)
+  reference = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+  captions = ["a red ring at the top", "Ein K\u00e4se", "two  spaces"]
+  text = tokenizer.encode(captions)
+  for ids, mask, caption in zip(text["ids"], text["mask"], captions, strict=True):
+    assert ids[mask].tolist() == [*reference.encode(caption), 1]
+  assert (tokenizer.start, tokenizer.end, tokenizer.pad) == (None, 1, 0)
+
+
+def open_clip_weights(folder, path):
+  """The folder's text tower under OpenCLIP's names, in float16."""
+  published = json.loads((folder / "config.json").read_text())
+  network = clip.CLIPText(clip.TextConfig.from_transformers(published))
+  abstract = jax.eval_shape(network.init, jax.random.key(0), np.zeros((1, 8), np.int32))["params"]
+  params = CLIP_TEXT.load(open_weights(folder), abstract, source="it", dtype=np.float16)
+  write_safetensors(path, OPEN_CLIP_TEXT.save(params))
+
+
+def test_clip_under_its_authors_names(folder, converted, tmp_path, capfd):
+  """A file as OpenAI has them, and a folder as OpenCLIP has them."""
+  path = tmp_path / "clip.safetensors"
+  open_clip_weights(folder, path)
+  flags = ["--length=20", "--project", f"--output={tmp_path / 'out'}"]
+  convert.main([f"--source={path}", f"--tokenizer={folder}", "--activation=quick_gelu", *flags])
+  expected, found = export.read(converted), export.read(tmp_path / "out")
+  same = jax.tree.map(
+    lambda x, y: np.array_equal(x, y), found.variables["params"], expected.variables["params"]
+  )
+  assert jax.tree.all(same)
+  published = json.loads(found.config.model.published)
+  assert published["hidden_act"] == "quick_gelu" and published["num_hidden_layers"] == 2
+  assert published["eos_token_id"] == published["vocab_size"] - 1
+  # The same in a folder, with another activation and its number of heads.
+  own = tmp_path / "folder"
+  shutil.copytree(folder, own)
+  for name in ("config.json", "model.safetensors"):
+    (own / name).unlink()
+  shutil.copy(path, own / "open_clip_model.safetensors")
+  (own / "open_clip_config.json").write_text(
+    json.dumps({"model_cfg": {"embed_dim": 12, "text_cfg": {"heads": 2}}})
+  )
+  convert.main([f"--source={own}", *flags])
+  published = json.loads(export.read(tmp_path / "out").config.model.published)
+  assert published["hidden_act"] == "gelu" and published["num_attention_heads"] == 2
+
+  assert "is a file, which has no tokenizer" in fails(
+    capfd, f"--source={path}", "--activation=gelu", *flags
+  )
+  assert "give --activation=quick_gelu for" in fails(
+    capfd, f"--source={path}", f"--tokenizer={folder}", *flags
+  )
+  assert "says its own" in fails(capfd, f"--source={own}", "--activation=gelu", *flags)
+  (own / "open_clip_config.json").write_text("{}")
+  assert "is no model's config (KeyError" in fails(capfd, f"--source={own}", *flags)
+  write_safetensors(path, {"x": ((1,), np.dtype("f4"), lambda: np.zeros(1, "f4"))})
+  assert "token_embedding.weight, positional_embedding" in fails(
+    capfd, f"--source={path}", f"--tokenizer={folder}", "--activation=gelu", *flags
+  )

@@ -3,8 +3,11 @@
 Either is kept in the export as the `tokenizers` library's JSON, one for each text encoder.
 """
 
+import collections
 import dataclasses
 import html
+import io
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,6 +21,7 @@ from t2i_jax.errors import UserError, unknown
 
 PAD, START, END = 0, 1, 2
 SPECIAL_TOKENS = ("<pad>", "<start>", "<end>")
+_LEAST_PIECES = 32
 
 
 def clean_as_clip(caption: str) -> str:
@@ -249,36 +253,51 @@ def _train_bpe(captions: Iterable[str], vocab_size: int) -> str:
 
 
 def _train_sentencepiece(captions: Iterable[str], vocab_size: int) -> str:
-  """The unigram model of Kudo 2018 with SentencePiece's spaces (Kudo and Richardson 2018).
+  """SentencePiece's unigram model (Kudo 2018; Kudo and Richardson 2018), as the library's JSON.
 
-  Characters that the captions do not have fall back to their bytes.
+  Characters that the captions do not have, or that are the rarest of many, fall back to their
+  bytes.
   """
-  from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
+  import sentencepiece
+  from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
   from tokenizers import Tokenizer as Backend
 
-  # One for what a piece cannot spell; with the bytes, no text needs it.
-  markers = [*SPECIAL_TOKENS, "<unk>"]
-  octets = [f"<0x{byte:02X}>" for byte in range(256)]
-  backend = Backend(models.Unigram())
-  backend.normalizer = normalizers.Sequence([
-    normalizers.NFKC(), normalizers.Lowercase(), normalizers.Strip(),
-    normalizers.Replace(Regex(" {2,}"), " "),
+  octets, markers = 256, len(SPECIAL_TOKENS) + 1  # one of them for what no piece spells: unused
+  room = vocab_size - octets - markers
+  if room < _LEAST_PIECES:
+    raise UserError(f"text.vocab_size={vocab_size} leaves SentencePiece no pieces beside the "
+                    f"bytes; use at least {octets + markers + _LEAST_PIECES}")
+  normalizer = normalizers.Sequence([
+    normalizers.NFKC(), normalizers.Lowercase(), normalizers.Replace(Regex(r"\s+"), " "),
+    normalizers.Strip(),
   ])  # fmt: skip
+  captions = [normalizer.normalize_str(caption) for caption in captions]
+  # Every character that the trainer sees takes an id of its own.
+  counted = collections.Counter(itertools.chain.from_iterable(captions))
+  rare = {ord(c): " " for c, _ in counted.most_common()[room // 2 :]}
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=(caption.translate(rare) for caption in captions), model_writer=model,
+    vocab_size=vocab_size, hard_vocab_limit=False, character_coverage=1.0, byte_fallback=True,
+    normalization_rule_name="identity", num_threads=1, minloglevel=2, unk_id=markers - 1,
+    **{f"{name}_id": i for i, name in enumerate(("pad", "bos", "eos"))},
+    **{f"{name}_piece": token for name, token in zip(
+      ("pad", "bos", "eos"), SPECIAL_TOKENS, strict=True
+    )},
+  )  # fmt: skip
+  trained = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+  backend = Backend(models.Unigram(
+    [(trained.id_to_piece(i), trained.get_score(i)) for i in range(trained.get_piece_size())],
+    unk_id=markers - 1, byte_fallback=True,
+  ))  # fmt: skip
+  backend.normalizer = normalizer
   backend.pre_tokenizer = pre_tokenizers.Metaspace()
   backend.decoder = decoders.Sequence([
-    decoders.ByteFallback(), decoders.Fuse(), decoders.Metaspace()
+    decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
+    decoders.Strip(" ", 1, 0),
   ])
-  room = max(vocab_size - len(octets), len(markers) + 1)
-  backend.train_from_iterator(captions, trainers.UnigramTrainer(
-    vocab_size=room, special_tokens=markers, unk_token="<unk>", show_progress=False
-  ))  # fmt: skip
-  definition = json.loads(backend.to_str())
-  model = definition["model"]
-  # Below every piece, so that bytes are the last resort.
-  worst = min([score for _, score in model["vocab"]], default=0.0)
-  model["vocab"] += [[octet, worst - 10.0] for octet in octets]
-  model["byte_fallback"] = True
-  return json.dumps(definition)
+  backend.add_special_tokens(list(SPECIAL_TOKENS))
+  return backend.to_str()
 
 
 TRAINERS: dict[str, Callable[[Iterable[str], int], str]] = {

@@ -1,4 +1,5 @@
 import json
+import unicodedata
 
 import numpy as np
 import pytest
@@ -192,3 +193,50 @@ def test_the_file_is_the_librarys_definition_and_a_length(tokenizer):
   assert set(content) == {"definition", "length", "start", "end", "pad", "clean"}
   library = tokenizers.Tokenizer.from_str(json.dumps(content["definition"]))
   assert library.get_vocab_size() == tokenizer.vocab_size
+
+
+@pytest.fixture(scope="module")
+def pieces():
+  return train_tokenizer(CAPTIONS * 5, 400, 24, "sentencepiece")
+
+
+def test_sentencepiece_learns_words(pieces):
+  ids = pieces.encode(["a red circle at the left"])["ids"][0]
+  names = [pieces._backend.id_to_token(int(i)) for i in ids]
+  assert names[0] == "<start>" and "<end>" in names and names[-1] == "<pad>"
+  inside = names[1 : names.index("<end>")]
+  # The space before a word is part of its piece.
+  assert "".join(inside) == "▁a▁red▁circle▁at▁the▁left" and len(inside) < len("a red circle at")
+
+
+def test_sentencepiece_spells_what_it_never_saw(pieces):
+  for caption in SCRIPTS:
+    given = with_length(pieces, 300).encode([caption])
+    ids = given["ids"][0][given["mask"][0]][1:-1]
+    assert 3 not in ids  # <unk>
+    assert pieces._backend.decode([int(i) for i in ids], skip_special_tokens=False).strip() == (
+      " ".join(unicodedata.normalize("NFKC", caption).lower().split())
+    )
+
+
+def test_sentencepiece_is_stored_as_any_other(pieces, tmp_path):
+  (tmp_path / "tokenizer.json").write_text(Tokenizers({"a": pieces}).to_json(), encoding="utf-8")
+  again = Tokenizers.load(tmp_path / "tokenizer.json")
+  for name, value in pieces.encode(SCRIPTS).items():
+    np.testing.assert_array_equal(again.encode(SCRIPTS)["a"][name], value)
+  assert pieces.encode([""])["ids"][0].tolist() == [START, END] + [PAD] * 22
+  assert pieces.vocab_size <= 400
+  with pytest.raises(UserError, match="text.vocab_size=280 .* use at least 292"):
+    train_tokenizer(CAPTIONS, 280, 24, "sentencepiece")
+
+
+def test_sentencepiece_of_more_characters_than_ids():
+  captions = [chr(0x4E00 + n) * 2 + " red" for n in range(500)]
+  made = train_tokenizer(captions, 300, 24, "sentencepiece")
+  assert made.vocab_size <= 300
+  assert 3 not in made.encode(captions)["ids"]
+
+
+def test_an_unknown_kind_of_tokenizer_is_one_line():
+  with pytest.raises(UserError, match="unknown text tokenizer 'wordpiece'"):
+    train_tokenizer(CAPTIONS, 300, 16, "wordpiece")
