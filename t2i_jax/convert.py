@@ -1,6 +1,8 @@
 """`python -m t2i_jax.convert`: public text encoders to exports of ours, and back."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ KINDS = {
   "clip_text_model": "clip", "clip": "clip", "t5": "t5", "bert": "bert", "ldmbert": "ldm",
 }  # fmt: skip
 LENGTH = 77  # tokens of a caption, of CLIP and of latent diffusion, and of T5 in SD3
+# What OpenCLIP calls its weights.
+OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 DTYPES = ("stored", "float32", "float16", "bfloat16")
 
 
@@ -85,12 +89,15 @@ def from_huggingface(flags) -> Path:
 
   export.check_replaceable(flags.output)
   folder = Path(flags.source).expanduser()
-  kind, published, names = _published(folder, flags.activation)
+  if flags.length < 3:
+    raise UserError(f"--length={flags.length} leaves no room for a caption; use 3 or more")
+  kind, published, names, weights = _published(folder, flags.activation)
   if folder.is_file() and not flags.tokenizer:
     raise UserError(f"'{folder}' is a file, which has no tokenizer beside; name the folder of one "
                     "with --tokenizer")
   length = flags.length
-  tokenizer = read_tokenizer(flags.tokenizer or folder, kind, length, flags.pad)
+  with _blamed(f"the tokenizer in {flags.tokenizer or folder}"):
+    tokenizer = read_tokenizer(flags.tokenizer or folder, kind, length, flags.pad)
   null = tokenizer.null()
   config = recipe.base("pretrained_text", "scenes")
   config.text.length = length
@@ -99,13 +106,19 @@ def from_huggingface(flags) -> Path:
     final_norm=not flags.no_final_norm, project=flags.project, masked=flags.masked,
     null=tuple(null["ids"].tolist()), null_tokens=int(null["mask"].sum()),
   )
-  system = assembly.build_system(config)
-  if tokenizer.vocab_size > published.get("vocab_size", tokenizer.vocab_size):
+  with _blamed(f"the config in {folder}"):
+    system = assembly.build_system(config)
+    abstract = jax.eval_shape(lambda: system.init(jax.random.key(0), {}))["params"]["encoder"]
+    vocabulary = int(published.get("vocab_size", tokenizer.vocab_size))
+  if tokenizer.vocab_size > vocabulary:
     raise UserError(f"the tokenizer has {tokenizer.vocab_size} tokens, the encoder in {folder} "
-                    f"{published['vocab_size']}; give its own with --tokenizer")
-  abstract = jax.eval_shape(lambda: system.init(jax.random.key(0), {}))["params"]["encoder"]
+                    f"{vocabulary}; give its own with --tokenizer")
   dtype = STORED if flags.dtype == "stored" else jnp.dtype(flags.dtype)
-  params = names.load(open_weights(folder), abstract, source=str(folder), dtype=dtype)
+  # A projection is there to be left out.
+  ignored = () if flags.project else (r"(^|\.)text_projection(\.|$)",)
+  params = names.load(
+    open_weights(weights), abstract, source=str(weights), dtype=dtype, ignored=ignored
+  )
   variables = {"params": {"encoder": params}}
   return export.write(flags.output, config, 0, variables, Tokenizers({GROUP: tokenizer}), ema=False)
 
@@ -147,35 +160,54 @@ def to_huggingface(source: str, output: str) -> Path:
   return folder
 
 
-def _published(folder: Path, activation: str) -> tuple[str, dict[str, Any], Any]:
-  """The kind of encoder, its config as transformers writes it, and the map of its names."""
+@contextlib.contextmanager
+def _blamed(what: str) -> Iterator[None]:
+  """Whatever a file's contents lead to is that file's fault."""
+  try:
+    yield
+  except UserError:
+    raise
+  except Exception as error:
+    why = str(error).strip().splitlines()[0] if str(error).strip() else ""
+    raise UserError(f"{what} is not of such a model ({type(error).__name__}: {why[:200]}); copy it "
+                    "again") from error
+
+
+def _published(folder: Path, activation: str) -> tuple[str, dict[str, Any], Any, Path]:
+  """The kind of encoder, its config as transformers writes it, the map of its names, its file."""
   from t2i_jax.text.clip import published_of_open_clip
   from t2i_jax.text.layers import ACTIVATIONS
   from t2i_jax.weights.stored import open_weights
   from t2i_jax.weights.text_encoders import OPEN_CLIP_TEXT
 
-  shapes = lambda: {name: t.shape for name, t in open_weights(folder).items()}  # noqa: E731
+  def of_open_clip(weights: Path, activation: str, heads: int = 0):
+    shapes = {name: tensor.shape for name, tensor in open_weights(weights).items()}
+    published = published_of_open_clip(shapes, activation, heads)
+    return "clip", published, OPEN_CLIP_TEXT, weights
+
   if folder.is_file():
     if not activation:
       raise UserError(f"'{folder}' does not say its activation: give --activation=quick_gelu for "
                       "OpenAI's models, --activation=gelu for most of OpenCLIP's")
     configs.choose("--activation", activation, ACTIVATIONS)
-    return "clip", published_of_open_clip(shapes(), activation), OPEN_CLIP_TEXT
+    return of_open_clip(folder, activation)
   if activation:
     raise UserError(f"--activation={activation} is for weights in a file; the folder '{folder}' "
                     "says its own")
   path = folder / "open_clip_config.json"
-  if path.is_file():
-    try:
+  # Some folders hold the model in both forms.
+  if path.is_file() and not (folder / "config.json").is_file():
+    weights = [folder / name for name in OPEN_CLIP_FILES if (folder / name).is_file()]
+    if not weights:
+      raise UserError(f"'{folder}' has none of {', '.join(OPEN_CLIP_FILES)}; copy it there")
+    with _blamed(str(path)):
       given = json.loads(path.read_text(encoding="utf-8"))["model_cfg"]
       quick, heads = bool(given.get("quick_gelu")), int(given["text_cfg"].get("heads", 8))
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
-      raise UserError(f"{path} is no model's config ({type(error).__name__}: {error}); copy it "
-                      "again") from error
-    given = published_of_open_clip(shapes(), "quick_gelu" if quick else "gelu", heads)
-    return "clip", given, OPEN_CLIP_TEXT
+      if heads < 1:
+        raise ValueError(f"heads is {heads}")
+    return of_open_clip(weights[0], "quick_gelu" if quick else "gelu", heads)
   kind, given = _of_transformers(folder)
-  return kind, given, key_map(kind)
+  return kind, given, key_map(kind), folder
 
 
 def _of_transformers(folder: Path) -> tuple[str, dict[str, Any]]:
@@ -186,17 +218,17 @@ def _of_transformers(folder: Path) -> tuple[str, dict[str, Any]]:
                     "among them")
   if not path.is_file():
     raise UserError(f"no config.json in '{folder}': give the folder of a Hugging Face model")
-  try:
+  with _blamed(str(path)):
     given = json.loads(path.read_text(encoding="utf-8"))
     kind = given.get("model_type")
-  except (ValueError, AttributeError) as error:
-    raise UserError(f"{path} is no model's config ({error}); copy it again") from error
-  if kind not in KINDS:
+    shared = {"projection_dim": given["projection_dim"]} if "projection_dim" in given else {}
+    if kind == "clip":
+      tower = {**given.get("text_config", {}), **shared, "model_type": "clip_text_model"}
+  if not isinstance(kind, str) or kind not in KINDS:
     raise UserError(f"{path} is of model_type '{kind}', which is no text encoder that is known; "
                     f"known: {', '.join(KINDS)}")
   if kind == "clip":
-    shared = {"projection_dim": given["projection_dim"]} if "projection_dim" in given else {}
-    return "clip", {**given.get("text_config", {}), **shared, "model_type": "clip_text_model"}
+    return "clip", tower
   return KINDS[kind], given
 
 

@@ -18,7 +18,7 @@ from t2i_jax import assembly, export
 from t2i_jax.errors import UserError
 from t2i_jax.parallel.compiler_flags import compiler_options
 from t2i_jax.parallel.mesh import batch_sharding, batch_shards, make_mesh, replicated
-from t2i_jax.parallel.sharding import parse_rules, shardings
+from t2i_jax.parallel.sharding import parse_rules, place, shardings
 from t2i_jax.systems import base
 from t2i_jax.systems.base import System
 from t2i_jax.text.tokenizer import Tokenizers
@@ -73,7 +73,7 @@ class Pipeline:
     names = system.text.frozen_groups if offload_text else ()
     resting, working = base.split(exported.variables, names)
     rules = parse_rules(exported.config.sharding.rules)
-    placed = jax.device_put(working, shardings(working, rules, devices))
+    placed = place(working, shardings(working, rules, devices))
     return cls(
       system, exported.tokenizers, devices, placed, exported.config, exported.step, resting
     )
@@ -164,7 +164,7 @@ class Pipeline:
         yield self._encode(variables, part, size)
       return
     rules = parse_rules(self.config.sharding.rules)
-    visiting = jax.device_put(self.resting, shardings(self.resting, rules, self.mesh))
+    visiting = place(self.resting, shardings(self.resting, rules, self.mesh))
     kept = [self._off(self._encode(base.merge(variables, visiting), part, size)) for part in parts]
     del visiting
     for conditioning in kept:

@@ -14,7 +14,7 @@ from t2i_jax.data.text_cache import DTYPES, Writer
 from t2i_jax.errors import UserError, unknown
 from t2i_jax.parallel.compiler_flags import compiler_options
 from t2i_jax.parallel.mesh import batch_sharding, batch_shards, make_mesh, replicated
-from t2i_jax.parallel.sharding import parse_rules, shardings
+from t2i_jax.parallel.sharding import parse_rules, place, put, shardings
 from t2i_jax.systems.conditioning import encoder_names
 
 WHAT = ("text",)
@@ -116,7 +116,7 @@ def _encoder(
   """A function of captions and a progress bar to features by encoder and field."""
   text = systems.build_text(config, components.systems, assembly.compute_dtype(config))
   tokenizers = assembly.component_tokenizers(config, components.tokenizers)
-  params = jax.device_put(
+  params = place(
     components.variables, shardings(components.variables, parse_rules(config.sharding.rules), mesh)
   )
   shards = batch_shards(mesh)
@@ -143,7 +143,7 @@ def _encoder(
       part = captions[start : start + size]
       given = tokenizers.encode(part + [""] * (size - len(part)))
       with jax.set_mesh(mesh):
-        found.append(compiled(params, jax.device_put(given, batch_sharding(mesh))))
+        found.append(compiled(params, put(given, batch_sharding(mesh))))
       if len(found) > 1:  # read while the devices are at the next
         found[-2] = jax.device_get(found[-2])
       progress(len(part))

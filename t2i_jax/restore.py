@@ -18,7 +18,7 @@ from t2i_jax.errors import UserError
 from t2i_jax.parallel.compiler_flags import compiler_options
 from t2i_jax.parallel.distributed import is_primary
 from t2i_jax.parallel.mesh import batch_sharding, make_mesh
-from t2i_jax.parallel.sharding import parse_rules, put, shardings
+from t2i_jax.parallel.sharding import parse_rules, place, put, shardings
 from t2i_jax.systems import base
 from t2i_jax.systems.base import System
 from t2i_jax.text.tokenizer import Tokenizers
@@ -161,7 +161,7 @@ class Run:
     if self.checkpoints.has_frozen():
       return
     # Those that rest visit the devices, to be stored as all others are.
-    placed = jax.device_put(self.resting, _frozen_shardings(self.resting, config, mesh))
+    placed = place(self.resting, _frozen_shardings(self.resting, config, mesh))
     frozen = base.merge(self._state.frozen, placed)
     self.checkpoints.save_frozen(frozen, {"components": components.about})
 
@@ -202,7 +202,7 @@ def _placed(
   """The components' variables: on their devices, and on the host of those that rest."""
   if components.held_by is None:
     resting, working = base.split(components.variables, components.resting)
-    return jax.device_put(working, _frozen_shardings(working, config, mesh)), resting
+    return place(working, _frozen_shardings(working, config, mesh)), resting
   abstract = jax.tree.map(
     lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
     dict(components.variables), _frozen_shardings(components.variables, config, mesh),
@@ -221,7 +221,9 @@ def _initialised(state: State, system: System, exported: export.Export) -> State
     given = export.flatten({group: exported.variables[kind][group] for group in shared})
     wanted = export.flatten({group: tree[group] for group in shared})
     _compare(exported.path, wanted, given)
-    new = {k: jax.device_put(np.asarray(given[k], v.dtype), v.sharding) for k, v in wanted.items()}
+    new = {
+      name: place(np.asarray(given[name], x.dtype), x.sharding) for name, x in wanted.items()
+    }
     return {**tree, **export.unflatten(new)}
 
   if not set(state.params) & set(exported.variables.get("params", {})):

@@ -148,7 +148,7 @@ def test_what_cannot_be_converted_is_one_line(folder, converted, tmp_path, capfd
   (copy / "config.json").write_text(json.dumps({"model_type": "llama"}))
   assert "model_type 'llama', which is no text encoder" in fails(capfd, source, new)
   (copy / "config.json").write_text("[")
-  assert "is no model's config" in fails(capfd, source, new)
+  assert "is not of such a model (JSON" in fails(capfd, source, new)
   assert not (tmp_path / "new").exists()
   message = fails(capfd, f"--source={converted}", f"--output={folder}", "--to=huggingface")
   assert "is there and not empty" in message
@@ -244,7 +244,7 @@ def test_clip_under_its_authors_names(folder, converted, tmp_path, capfd):
   )
   assert "says its own" in fails(capfd, f"--source={own}", "--activation=gelu", *flags)
   (own / "open_clip_config.json").write_text("{}")
-  assert "is no model's config (KeyError" in fails(capfd, f"--source={own}", *flags)
+  assert "is not of such a model (KeyError" in fails(capfd, f"--source={own}", *flags)
   write_safetensors(path, {"x": ((1,), np.dtype("f4"), lambda: np.zeros(1, "f4"))})
   assert "token_embedding.weight, positional_embedding" in fails(
     capfd, f"--source={path}", f"--tokenizer={folder}", "--activation=gelu", *flags

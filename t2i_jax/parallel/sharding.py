@@ -203,3 +203,18 @@ def put(tree: Any, sharding: NamedSharding) -> Any:
   return jax.tree.map(
     lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree
   )
+
+
+def place(tree: Any, placed: Any) -> Any:
+  """Global arrays from host arrays that every process holds whole.
+
+  `jax.device_put` would compare what the processes hold, all of it.
+
+  Args:
+    tree: numpy arrays.
+    placed: a sharding for each.
+  """
+  return jax.tree.map(
+    lambda x, sharding: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]),
+    tree, placed,
+  )

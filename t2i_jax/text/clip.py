@@ -93,6 +93,10 @@ def published_of_open_clip(
   if missing:
     raise UserError(f"these are no weights of CLIP under OpenAI's or OpenCLIP's names: "
                     f"{', '.join(missing)} missing")
+  wrong = [name for name in needed if len(shapes[name]) != 2 or 0 in shapes[name]]
+  if wrong:
+    raise UserError(f"these are no weights of CLIP: {wrong[0]} has the shape "
+                    f"{list(shapes[wrong[0]])}")
   vocab, width = shapes["token_embedding.weight"]
   layers = {name.split(".")[2] for name in shapes if name.startswith("transformer.resblocks.")}
   return {

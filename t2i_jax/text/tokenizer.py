@@ -272,6 +272,9 @@ def _train_sentencepiece(captions: Iterable[str], vocab_size: int) -> str:
     normalizers.Strip(),
   ])  # fmt: skip
   captions = [normalizer.normalize_str(caption) for caption in captions]
+  if not any(captions):
+    raise UserError("text.tokenizer=sentencepiece: the captions are all empty, so there is nothing "
+                    "to learn from; use bpe")
   # Every character that the trainer sees takes an id of its own.
   counted = collections.Counter(itertools.chain.from_iterable(captions))
   rare = {ord(c): " " for c, _ in counted.most_common()[room // 2 :]}
@@ -291,7 +294,10 @@ def _train_sentencepiece(captions: Iterable[str], vocab_size: int) -> str:
     unk_id=markers - 1, byte_fallback=True,
   ))  # fmt: skip
   backend.normalizer = normalizer
-  backend.pre_tokenizer = pre_tokenizers.Metaspace()
+  # "<end>" in a caption is five letters, not the marker: no word goes on behind a "<".
+  backend.pre_tokenizer = pre_tokenizers.Sequence([
+    pre_tokenizers.Metaspace(), pre_tokenizers.Split("<", "isolated")
+  ])
   backend.decoder = decoders.Sequence([
     decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
     decoders.Strip(" ", 1, 0),

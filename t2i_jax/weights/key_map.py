@@ -121,6 +121,7 @@ class KeyMap:
     source: str,
     dtype: Any = None,
     put: Callable[[str, np.ndarray], Any] = lambda path, array: array,
+    ignored: Sequence[str] = (),
   ) -> Any:
     """Our tree with the numbers of a checkpoint, one tensor at a time.
 
@@ -131,6 +132,7 @@ class KeyMap:
       dtype: of the arrays; the abstract ones' own if None; `STORED` for that of the file.
       put: is given each path and its array on the host, and returns what the tree shall hold, such
         as the array on its devices.
+      ignored: further regular expressions, of what is there and not wanted this time.
 
     Returns:
       a tree like `abstract`.
@@ -143,7 +145,7 @@ class KeyMap:
     wanted = {_path(path): leaf for path, leaf in leaves}
     places = {path: self.place(path) for path in wanted}
     names, added = self._names(tensors, places)
-    self._check(tensors, wanted, places, names, added, source)
+    self._check(tensors, wanted, places, names, added, source, ignored)
     bad, arrays = [], []
     for path, leaf in wanted.items():
       array = _part(tensors[names[path]].read(), places[path].part)
@@ -197,11 +199,12 @@ class KeyMap:
     ]
     return max(variants, key=lambda names: sum(name in tensors for name in names[0].values()))
 
-  def _check(self, tensors, wanted, places, names, added, source) -> None:
+  def _check(self, tensors, wanted, places, names, added, source, ignored) -> None:
+    ignored = [*self._ignored, *map(re.compile, ignored)]
     used = {*names.values(), *added.values()}
     missing = sorted(used - set(tensors))
     unexpected = sorted(
-      name for name in set(tensors) - used if not any(p.search(name) for p in self._ignored)
+      name for name in set(tensors) - used if not any(p.search(name) for p in ignored)
     )
     shapes = []
     for path, leaf in wanted.items():

@@ -14,7 +14,7 @@ from t2i_jax.errors import UserError
 # model has ".index.json" behind it.
 NAMES = (
   "model.safetensors", "diffusion_pytorch_model.safetensors", "open_clip_model.safetensors",
-  "pytorch_model.bin", "diffusion_pytorch_model.bin",
+  "pytorch_model.bin", "diffusion_pytorch_model.bin", "open_clip_pytorch_model.bin",
 )  # fmt: skip
 TORCH = (".pt", ".pth", ".bin", ".ckpt")
 

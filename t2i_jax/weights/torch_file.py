@@ -27,6 +27,9 @@ STORAGES = {
 }  # fmt: skip
 # The first number in files that torch.save wrote before version 1.6.
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+_MOST_NUMBERS = 1 << 40
+# A pickle names tensors; it does not hold their numbers.
+_LARGEST_PICKLE = 1 << 28
 # Containers in which training scripts put a model's tensors, beside counters and optimizers.
 WRAPPERS = ("state_dict", "model_state_dict", "params_ema", "params")
 
@@ -35,23 +38,48 @@ class Refused(pickle.UnpicklingError):
   """A pickle names what may not be built."""
 
 
-@dataclasses.dataclass
-class _Storage:
+class _Fixed:
+  """What a pickle may name and pass on, and may not change."""
+
+  __slots__ = ()
+
+  def __setstate__(self, state):
+    raise Refused("it would change what a tensor is")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Storage(_Fixed):
   """Numbers in the file, under a key that says where."""
 
   dtype: np.dtype
   count: int
   key: str
 
+  __setstate__ = _Fixed.__setstate__
 
-@dataclasses.dataclass
-class _Tensor:
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Tensor(_Fixed):
   """A view of a storage, in elements."""
 
   storage: _Storage
   offset: int
   shape: tuple[int, ...]
   strides: tuple[int, ...]
+
+  __setstate__ = _Fixed.__setstate__
+
+
+class _Function(_Fixed):
+  """A function of PyTorch's, replaced by one of ours."""
+
+  __slots__ = ("_call",)
+
+  def __init__(self, call: Callable[..., Any]):
+    self._call = call
+
+  def __call__(self, *arguments):
+    return self._call(*arguments)
 
 
 class _Inert:
@@ -81,6 +109,9 @@ def _rebuild_tensor(storage, offset, shape, strides, *_):
   if negative or len(tensor.shape) != len(tensor.strides):
     raise Refused("a tensor of impossible shape")
   last = tensor.offset + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.strides, strict=True))
+  # Of a tensor without numbers, too, the shape is given to numpy.
+  if math.prod(n for n in tensor.shape if n) > _MOST_NUMBERS:
+    raise Refused("a tensor of impossible shape")
   # Strides of zero could make a terabyte of one number.
   if 0 not in tensor.shape and max(last + 1, math.prod(tensor.shape)) > storage.count:
     raise Refused("a tensor larger than its storage")
@@ -100,9 +131,9 @@ class _Dict(dict):
 
 _GLOBALS: dict[tuple[str, str], Any] = {
   ("collections", "OrderedDict"): _Dict,
-  ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
-  ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-  ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+  ("torch._utils", "_rebuild_tensor"): _Function(_rebuild_tensor),
+  ("torch._utils", "_rebuild_tensor_v2"): _Function(_rebuild_tensor),
+  ("torch._utils", "_rebuild_parameter"): _Function(_rebuild_parameter),
   ("torch", "Size"): tuple,
   **{("torch", name): name for name in STORAGES},
   **{(module, name): kind for module in ("builtins", "__builtin__")
@@ -119,16 +150,38 @@ _GLOBALS: dict[tuple[str, str], Any] = {
 }  # fmt: skip
 # Lists of TorchScript's, which are given as lists.
 _GLOBALS |= {
-  ("torch.jit._pickle", f"build_{kind}list"): lambda items: items
+  ("torch.jit._pickle", f"build_{kind}list"): _Function(lambda items: items)
   for kind in ("int", "double", "bool", "tensor")
 }
 # Latent diffusion's checkpoints hold callbacks of this package.
 _INERT_PACKAGES = ("pytorch_lightning", "lightning", "lightning_fabric")
 
 
-class _Unpickler(pickle.Unpickler):
+class _Whole:
+  """A file that says so when it ends too early."""
+
   def __init__(self, file: BinaryIO):
-    super().__init__(file, encoding="utf-8")
+    self._file = file
+
+  def read(self, size: int) -> bytes:
+    found = self._file.read(size) if size <= _LARGEST_PICKLE else b""
+    if len(found) < size:
+      raise EOFError("the file ends too early")
+    return found
+
+  def readline(self) -> bytes:
+    found = self._file.readline()
+    if not found.endswith(b"\n"):
+      raise EOFError("the file ends too early")
+    return found
+
+
+class _Unpickler(pickle._Unpickler):
+  """Python's own unpickler written in Python: that in C makes room for as many objects as a pickle
+  says it has."""
+
+  def __init__(self, file: BinaryIO):
+    super().__init__(_Whole(file), encoding="utf-8")
     self.storages: dict[str, _Storage] = {}
 
   def find_class(self, module: str, name: str) -> Any:
@@ -199,6 +252,9 @@ def _read_zip(path: Path) -> tuple[Any, Callable[[_Storage], int]]:
     root = pickles[0].partition("/")[0]
     if f"{root}/byteorder" in entries and archive.read(f"{root}/byteorder").strip() != b"little":
       raise ValueError("its numbers are big-endian")
+    about = entries[pickles[0]]
+    if about.compress_type != zipfile.ZIP_STORED or about.file_size > _LARGEST_PICKLE:
+      raise Refused("a pickle that is compressed or larger than any list of tensors")
     with archive.open(pickles[0]) as file:
       unpickler = _Unpickler(file)
       tree = unpickler.load()

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import struct
+import tracemalloc
 import zipfile
 
 import ml_dtypes
@@ -185,6 +186,11 @@ class Pickler(pickle._Pickler):
       self.save(obj.arguments)
       self.write(pickle.REDUCE)
       return
+    if isinstance(obj, Build):
+      self.save(obj.target)
+      self.save(obj.state)
+      self.write(pickle.BUILD)
+      return
     super().save(obj, save_persistent_id)
 
   def persistent_id(self, obj):
@@ -203,6 +209,13 @@ class Call:
     self.function, self.arguments = function, arguments
 
 
+class Build:
+  """Attributes that are set on what has been made."""
+
+  def __init__(self, target, state):
+    self.target, self.state = target, state
+
+
 def tensor(storage, offset, shape, strides):
   rebuild = Global("torch._utils", "_rebuild_tensor_v2")
   return Call(rebuild, storage, offset, shape, strides, False, Call(Global("collections",
@@ -217,7 +230,8 @@ def pickled(tree):
 
 def torch_zip(path, tree, storages=(), compression=zipfile.ZIP_STORED, data=None):
   with zipfile.ZipFile(path, "w", compression) as archive:
-    archive.writestr("archive/data.pkl", pickled(tree) if data is None else data)
+    content = pickled(tree) if data is None else data
+    archive.writestr("archive/data.pkl", content, zipfile.ZIP_STORED)
     archive.writestr("archive/byteorder", "little")
     for storage in storages:
       archive.writestr(f"archive/data/{storage.key}", storage.numbers.tobytes())
@@ -293,6 +307,40 @@ def test_containers_that_hold_themselves_or_multiply(tmp_path):
   for _ in range(60):
     laughs = [laughs, laughs]
   assert len(open_weights(torch_zip(path, laughs, [NUMBERS]))) == 1
+
+
+def test_nothing_is_changed_after_it_was_checked(tmp_path):
+  """Strides that leave the buffer, set on a tensor that was within it; other functions."""
+  rebuild = Global("torch._utils", "_rebuild_tensor_v2")
+  for target, state in (
+    (VIEWS["row"], {"strides": (-150, 190), "shape": (20, 16)}),
+    (VIEWS["row"], (None, {"strides": (-150, 190), "shape": (20, 16)})),
+    (VIEWS["row"], {"shape": (1 << 34,), "strides": (0,)}),
+    (NUMBERS, {"count": 1 << 34}), (NUMBERS, (None, {"count": 1 << 34})),
+    (rebuild, {"__defaults__": (1,)}), (rebuild, (None, {"__defaults__": (1,)})),
+    (rebuild, (None, {"_call": 1})),
+  ):
+    fails(torch_zip(tmp_path / "a.pt", {"x": Build(target, state), **VIEWS}, [NUMBERS]), "not read")
+  fails(torch_zip(tmp_path / "a.pt", {"x": tensor(NUMBERS, 0, (0, 1 << 62), (1, 1))}, [NUMBERS]),
+        "not read")  # fmt: skip
+  assert_same(open_weights(torch_zip(tmp_path / "a.pt", VIEWS, [NUMBERS])), EXPECTED)
+
+
+def test_a_small_file_takes_little_memory(tmp_path):
+  """A memo with room for a billion objects, a string that is longer than the file."""
+  for data in (
+    b"\x80\x02}r" + struct.pack("<I", 1 << 30) + b".",
+    b"\x80\x04\x8e" + struct.pack("<Q", 1 << 40) + b"x.",
+  ):
+    tracemalloc.start()
+    fails(torch_zip(tmp_path / "a.pt", None, [NUMBERS], data=data))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 22
+  path = tmp_path / "b.pt"
+  with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+    archive.writestr("archive/data.pkl", pickled({"x": "a" * (1 << 20)}))
+  fails(path, "a pickle that is compressed")
 
 
 def test_broken_torch_files(tmp_path):
