@@ -117,6 +117,8 @@ def load_components(config: ConfigDict, workdir: epath.Path | None = None) -> Co
       meta, flat = checkpoints.describe_frozen()
       checkpoints.close()
       about = meta["components"]
+      if run != workdir:
+        _check_same_components(config, about, run)
       return Components(
         _described(about), export.unflatten(flat), about, checkpoints.directory
       )
@@ -137,6 +139,23 @@ def load_components(config: ConfigDict, workdir: epath.Path | None = None) -> Co
         groups = jax.tree.map(lambda x: x.astype(dtype), groups)
       found.variables.setdefault(kind, {})[name] = groups
   return found
+
+
+def _check_same_components(config: ConfigDict, about: Mapping[str, Any], run: epath.Path) -> None:
+  """Raises UserError where `config.components` are other ones than the run that is resumed had."""
+  from t2i_jax import export
+
+  for name, path in config.components.items():
+    if name not in about:
+      raise UserError(f"resume={run} has no component '{name}', only "
+                      f"{', '.join(sorted(about)) or 'none'}; its parameters were trained without, "
+                      "so begin another run")
+    # An export that is gone is not asked for: the run has its own copy.
+    if (export.located(path) / export.CONFIG).is_file() and (
+      export.fingerprint(path) != about[name]["fingerprint"]
+    ):
+      raise UserError(f"components.{name}={path} is another one than resume={run} was trained "
+                      "with; name that one, or begin another run")
 
 
 def open_data(config: ConfigDict, split: str, resolution: int, log_dir: str | None = None,
@@ -239,7 +258,7 @@ def open_text_cache(config: ConfigDict, components: Components) -> TextCache | N
   if not config.text.cache:
     return None
   names = encoder_names(config.text.encoders)
-  cache = TextCache(config.text.cache)
+  cache = TextCache(config.text.cache, names)
   for name in names:
     if name not in components.about:
       raise UserError(f"text.cache={config.text.cache} is trained on, and pictures of prompts are "

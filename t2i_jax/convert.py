@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,12 @@ from t2i_jax.errors import UserError
 KINDS = {
   "clip_text_model": "clip", "clip": "clip", "t5": "t5", "bert": "bert", "ldmbert": "ldm",
 }  # fmt: skip
+_PROJECTION = r"(^|\.)text_projection(\.|$)"
 LENGTH = 77  # tokens of a caption, of CLIP and of latent diffusion, and of T5 in SD3
 # What OpenCLIP calls its weights.
 OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+# What every tokenizer must have an answer to.
+PROBE = "".join(map(chr, range(32, 127))) + " \u00e9\u4e2d\U0001f600"
 DTYPES = ("stored", "float32", "float16", "bfloat16")
 
 
@@ -38,11 +42,12 @@ def main(argv: list[str] | None = None) -> None:
     "python -m t2i_jax.convert --source=clip-l --output=folder --to=huggingface",
   )
   parser.add_argument("--source", required=True, help="the folder or file, or an export with --to")
-  parser.add_argument("--output", required=True, help="the export or folder to write")
+  parser.add_argument("--output", required=True,
+                      help="the export, replaced if it exists, or the new folder")
   parser.add_argument("--to", default="export", metavar="export|huggingface")
   parser.add_argument("--tokenizer", default="", help="its folder, where it is another one")
-  parser.add_argument("--length", type=int, default=LENGTH,
-                      help=f"tokens that a caption takes ({LENGTH})")
+  parser.add_argument("--length", type=int,
+                      help=f"tokens that a caption takes ({LENGTH}, or the encoder's positions)")
   parser.add_argument("--layer", type=int, default=-1,
                       help="CLIP: whose output is the sequence: -1, the last; -2, the one before")
   parser.add_argument("--no-final-norm", action="store_true",
@@ -52,7 +57,8 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument("--masked", action="store_true",
                       help="hide padding, from the encoder and from what reads its features")
   parser.add_argument("--activation", default="", metavar="quick_gelu|gelu",
-                      help="CLIP in a file: quick_gelu for OpenAI's, gelu for most of OpenCLIP's")
+                      help="CLIP in a file, with heads of 64: quick_gelu for OpenAI's, gelu for "
+                      "most of OpenCLIP's")
   parser.add_argument("--pad", default="", help="token of the padding in place of the folder's")
   parser.add_argument("--dtype", default="stored", metavar="|".join(DTYPES),
                       help="type of the numbers (as they are stored)")
@@ -89,15 +95,20 @@ def from_huggingface(flags) -> Path:
 
   export.check_replaceable(flags.output)
   folder = Path(flags.source).expanduser()
-  if flags.length < 3:
+  if flags.length is not None and flags.length < 3:
     raise UserError(f"--length={flags.length} leaves no room for a caption; use 3 or more")
   kind, published, names, weights = _published(folder, flags.activation)
   if folder.is_file() and not flags.tokenizer:
     raise UserError(f"'{folder}' is a file, which has no tokenizer beside; name the folder of one "
                     "with --tokenizer")
-  length = flags.length
+  if kind != "clip" and (flags.layer != -1 or flags.no_final_norm or flags.project):
+    raise UserError(f"--layer, --no-final-norm and --project are of CLIP, and '{folder}' is of "
+                    f"kind {kind}; leave them out")
+  positions = published.get("max_position_embeddings")
+  length = flags.length or min(LENGTH, positions if isinstance(positions, int) else LENGTH)
   with _blamed(f"the tokenizer in {flags.tokenizer or folder}"):
     tokenizer = read_tokenizer(flags.tokenizer or folder, kind, length, flags.pad)
+    tokenizer.encode([PROBE])
   null = tokenizer.null()
   config = recipe.base("pretrained_text", "scenes")
   config.text.length = length
@@ -115,9 +126,12 @@ def from_huggingface(flags) -> Path:
                     f"{vocabulary}; give its own with --tokenizer")
   dtype = STORED if flags.dtype == "stored" else jnp.dtype(flags.dtype)
   # A projection is there to be left out.
-  ignored = () if flags.project else (r"(^|\.)text_projection(\.|$)",)
+  ignored = () if flags.project else (_PROJECTION,)
+  tensors = open_weights(weights)
+  if flags.project and not any(re.search(_PROJECTION, name) for name in tensors):
+    raise UserError(f"{weights} holds no projection; leave --project out")
   params = names.load(
-    open_weights(weights), abstract, source=str(weights), dtype=dtype, ignored=ignored
+    tensors, abstract, source=str(weights), dtype=dtype, ignored=ignored
   )
   variables = {"params": {"encoder": params}}
   return export.write(flags.output, config, 0, variables, Tokenizers({GROUP: tokenizer}), ema=False)
@@ -181,7 +195,9 @@ def _published(folder: Path, activation: str) -> tuple[str, dict[str, Any], Any,
   from t2i_jax.weights.text_encoders import OPEN_CLIP_TEXT
 
   def of_open_clip(weights: Path, activation: str, heads: int = 0):
-    shapes = {name: tensor.shape for name, tensor in open_weights(weights).items()}
+    shapes = {
+      name.removeprefix("module."): tensor.shape for name, tensor in open_weights(weights).items()
+    }
     published = published_of_open_clip(shapes, activation, heads)
     return "clip", published, OPEN_CLIP_TEXT, weights
 
@@ -214,13 +230,15 @@ def _of_transformers(folder: Path) -> tuple[str, dict[str, Any]]:
   """The kind of the folder's encoder, and its config.json."""
   path = folder / "config.json"
   if not folder.is_dir():
-    raise UserError(f"there is no folder '{folder}'; put the model's files into one, config.json "
-                    "among them")
+    raise UserError(f"there is no folder '{folder}'; nothing is downloaded: put the model's files "
+                    "into one, config.json among them")
   if not path.is_file():
     raise UserError(f"no config.json in '{folder}': give the folder of a Hugging Face model")
   with _blamed(str(path)):
     given = json.loads(path.read_text(encoding="utf-8"))
     kind = given.get("model_type")
+    if "files" in given and "step" in given:
+      raise UserError(f"'{folder}' is an export already; --to=huggingface makes a folder of it")
     shared = {"projection_dim": given["projection_dim"]} if "projection_dim" in given else {}
     if kind == "clip":
       tower = {**given.get("text_config", {}), **shared, "model_type": "clip_text_model"}

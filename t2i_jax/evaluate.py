@@ -87,7 +87,11 @@ def _possible(pipeline) -> list[str]:
   if isinstance(pipeline.system, base.Evaluated):
     possible.append("loss")
   if data.verifier(pipeline.config.data.name) and isinstance(pipeline.system, base.Sampler):
-    possible.append("score")
+    try:
+      check_judged(pipeline.config, pipeline.system, 2)
+      possible.append("score")
+    except UserError as error:
+      print(f"warning: no score: {error}", file=sys.stderr)
   return possible
 
 

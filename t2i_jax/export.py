@@ -163,6 +163,9 @@ def read(path: str | os.PathLike) -> Export:
     raise UserError(f"no export at '{path}': it has no {CONFIG}{hint}")
   try:
     about = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    if isinstance(about, dict) and "model_type" in about:
+      raise UserError(f"'{path}' is a Hugging Face folder, not an export; make one of it with "
+                      f"python -m t2i_jax.convert --source={path} --output=EXPORT")
     step = int(about["step"])
     files = {name: int(about["files"][name]) for name in (VARIABLES, TOKENIZER)}
     config = configs.from_json(json.dumps(about["config"]))
@@ -237,6 +240,23 @@ def model_card(
 ) -> str:
   """The export's README."""
   parameters = sum(v.size for k, v in flat.items() if k.startswith("params/"))
+  if config.system == "pretrained_text":
+    model = config.model
+    return f"""# A text encoder of kind {model.kind}, converted
+
+| | |
+|---|---|
+| tokens a caption | {config.text.length} |
+| sequence | {"masked" if model.masked else "padding in sight"}{
+               f", of layer {model.layer}" if model.kind == "clip" else ""} |
+| parameters | {parameters:,} |
+
+Train on it, frozen:
+
+    python -m t2i_jax.main --config=configs/ddpm.py --workdir=RUN \\
+      --config.text.encoder=component --config.components.text_encoder=PATH
+
+{notes}"""
   return f"""# {config.system}, trained on {config.data.name}
 
 | | |

@@ -1,21 +1,24 @@
 """`python -m t2i_jax.precompute text`: what frozen text encoders make of a data set's captions."""
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from t2i_jax import assembly, command, data, systems
 from t2i_jax import config as configs
-from t2i_jax.data.text_cache import DTYPES, Writer
+from t2i_jax.data.text_cache import DTYPES, Features, Fields, Writer
 from t2i_jax.errors import UserError, unknown
 from t2i_jax.parallel.compiler_flags import compiler_options
 from t2i_jax.parallel.mesh import batch_sharding, batch_shards, make_mesh, replicated
 from t2i_jax.parallel.sharding import parse_rules, place, put, shardings
 from t2i_jax.systems.conditioning import encoder_names
+from t2i_jax.training.writers import say
 
 WHAT = ("text",)
 
@@ -79,21 +82,29 @@ def write_features(
   names = encoder_names(config.text.encoders)
   # Every host encodes by itself, with its own devices: none waits for another.
   mesh = make_mesh({"fsdp": -1}, jax.local_devices())
-  encode = _encoder(config, components, mesh, batch_size, DTYPES[dtype])
+  encode, fields = _encoder(config, components, mesh, batch_size, DTYPES[dtype])
+  about = {
+    "frozen": config.precision.frozen, "compute": jnp.dtype(assembly.compute_dtype(config)).name
+  }
   writer = Writer(
     output, _captions(config, splits),
-    {name: {"fingerprint": components.about[name]["fingerprint"],
-            "component": str(config.components[name])} for name in names},
-    dtype, shard_size, jax.process_index(), jax.process_count(),
+    {name: {"fingerprint": components.about[name]["fingerprint"], **about} for name in names},
+    fields, dtype, shard_size, jax.process_index(), jax.process_count(),
   )
   missing = writer.missing()
   total = sum(len(writer.captions(shard)) for shard in missing)
-  with tqdm(total=total, unit="caption", disable=not sys.stderr.isatty()) as bar:
+  size = len(writer) * writer.bytes_a_caption
+  say(f"{len(writer)} captions of {writer.bytes_a_caption / 2**10:.3g} KiB, {size / 2**30:.3g} GiB "
+      f"in all, in {output}; {total} are left to encode here. Stopped, the same command goes on.")
+  with tqdm(total=total, unit="caption", mininterval=1 if sys.stderr.isatty() else 30) as bar:
     for shard in missing:
       writer.write(shard, encode(writer.captions(shard), bar.update))
+  while jax.process_count() > 1 and writer.missing(of_all=True):
+    time.sleep(5)  # A process that ends takes the others with it.
   writer.close()
-  print(f"{len(writer)} captions in {output}, {total} of them encoded now; train on them with "
-        f"--config.text.cache={output}")
+  if jax.process_index() == 0:
+    print(f"{len(writer)} captions in {output}, {total} of them encoded now; train on them with "
+          f"--config.text.cache={output}")
 
 
 def _captions(config: ConfigDict, splits: tuple[str, ...]) -> Iterator[str]:
@@ -112,8 +123,8 @@ def _captions(config: ConfigDict, splits: tuple[str, ...]) -> Iterator[str]:
 
 def _encoder(
   config: ConfigDict, components: assembly.Components, mesh: Any, batch_size: int, dtype: np.dtype
-) -> Callable[[list[str], Callable[[int], Any]], dict[str, dict[str, np.ndarray]]]:
-  """A function of captions and a progress bar to features by encoder and field."""
+) -> tuple[Callable[[list[str], Callable[[int], Any]], Features], Fields]:
+  """A function of captions and a progress bar to features, and what it makes of one caption."""
   text = systems.build_text(config, components.systems, assembly.compute_dtype(config))
   tokenizers = assembly.component_tokenizers(config, components.tokenizers)
   params = place(
@@ -150,7 +161,12 @@ def _encoder(
     found = jax.device_get(found)
     return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(captions)], *found)
 
-  return encode
+  one = jax.eval_shape(features, params, tokenizers.encode([""]))
+  kind = lambda x: "bool" if x.dtype == bool else "float"  # noqa: E731
+  return encode, {
+    name: {field: (x.shape[1:], kind(x)) for field, x in fields.items()}
+    for name, fields in one.items()
+  }
 
 
 if __name__ == "__main__":

@@ -54,9 +54,15 @@ def test_a_run_goes_on_with_the_system_that_it_began_with(built, tmp_path, fate)
   assert state.step == 4
   assert_same_bits(state.replace(frozen={}), whole.replace(frozen={}))
   assert_same_bits(state.frozen, whole.frozen)
-  # And one that goes on from it elsewhere.
+  # And one that goes on from it elsewhere, unless it names another system.
+  if fate == "replaced":
+    with pytest.raises(UserError, match="is another one than resume=.* was trained with"):
+      train_on(config(path, 4, resume=run), tmp_path / "other")
+    return
   other = train_on(config(path, 4, resume=run), tmp_path / "other")
   assert_same_bits(other.frozen, whole.frozen)
+  with pytest.raises(UserError, match="has no component 'guide', only text_encoder"):
+    train_on(config(path, 4, resume=run, components__guide=path), tmp_path / "guided")
 
 
 def test_what_a_failed_command_left_is_not_taken_for_the_run_s(built, tmp_path):

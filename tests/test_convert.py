@@ -15,6 +15,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 import t2i_jax
 from t2i_jax import assembly, convert, data, export
+from t2i_jax.errors import UserError
 from t2i_jax.text import clip
 from t2i_jax.text.public_tokenizer import read_tokenizer
 from t2i_jax.text.tokenizer import Tokenizer, clean_as_clip
@@ -236,6 +237,24 @@ def test_clip_under_its_authors_names(folder, converted, tmp_path, capfd):
   published = json.loads(export.read(tmp_path / "out").config.model.published)
   assert published["hidden_act"] == "gelu" and published["num_attention_heads"] == 2
 
+  # Without the projection; and with the names that training on several devices gives.
+  convert.main([f"--source={folder}", "--length=20", f"--output={tmp_path / 'out'}"])
+  assert "projection" not in export.read(tmp_path / "out").variables["params"]["encoder"]
+  tensors = {f"module.{name}": tensor for name, tensor in open_weights(path).items()}
+  write_safetensors(
+    tmp_path / "module.safetensors", {n: (t.shape, t.dtype, t.read) for n, t in tensors.items()}
+  )
+  convert.main([f"--source={tmp_path / 'module.safetensors'}", f"--tokenizer={folder}",
+                "--activation=gelu", f"--output={tmp_path / 'out'}"])
+  assert export.read(tmp_path / "out").config.text.length == 20  # as many as it has positions
+  card = (tmp_path / "out" / "README.md").read_text()
+  assert "A text encoder of kind clip" in card and "t2i_jax.sample" not in card
+  # A folder of both forms is Hugging Face's.
+  both = tmp_path / "both"
+  shutil.copytree(folder, both)
+  (both / "open_clip_config.json").write_text("{}")
+  convert.main([f"--source={both}", *flags])
+
   assert "is a file, which has no tokenizer" in fails(
     capfd, f"--source={path}", "--activation=gelu", *flags
   )
@@ -243,9 +262,41 @@ def test_clip_under_its_authors_names(folder, converted, tmp_path, capfd):
     capfd, f"--source={path}", f"--tokenizer={folder}", *flags
   )
   assert "says its own" in fails(capfd, f"--source={own}", "--activation=gelu", *flags)
+  assert "--length=2 leaves no room" in fails(capfd, f"--source={folder}", "--length=2", flags[-1])
+  assert "is an export already" in fails(capfd, f"--source={converted}", flags[-1])
   (own / "open_clip_config.json").write_text("{}")
   assert "is not of such a model (KeyError" in fails(capfd, f"--source={own}", *flags)
   write_safetensors(path, {"x": ((1,), np.dtype("f4"), lambda: np.zeros(1, "f4"))})
   assert "token_embedding.weight, positional_embedding" in fails(
     capfd, f"--source={path}", f"--tokenizer={folder}", "--activation=gelu", *flags
   )
+
+
+@pytest.mark.parametrize("values", [
+  {"hidden_size": "x"}, {"num_attention_heads": 0}, {"num_hidden_layers": None},
+  {"vocab_size": None}, {"max_position_embeddings": None}, {"hidden_act": ["gelu"]},
+  {"model_type": ["clip"]}, {"eos_token_id": None},
+])  # fmt: skip
+def test_configs_that_make_no_sense_are_one_line(folder, tmp_path, capfd, values):
+  path = tmp_path / "folder"
+  shutil.copytree(folder, path)
+  published = json.loads((path / "config.json").read_text())
+  (path / "config.json").write_text(json.dumps(published | values))
+  line = fails(capfd, f"--source={path}", f"--output={tmp_path / 'out'}", "--project")
+  assert str(path) in line or "is not known" in line
+
+
+@pytest.mark.parametrize("name, text", [
+  ("tokenizer.json", '{"model": {}}'), ("special_tokens_map.json", "[1]"),
+  ("special_tokens_map.json", '{"eos_token": {"x": 1}}'),
+])  # fmt: skip
+def test_tokenizers_that_make_no_sense_are_one_line(folder, tmp_path, capfd, name, text):
+  path = tmp_path / "folder"
+  shutil.copytree(folder, path)
+  (path / name).write_text(text)
+  assert "tokenizer" in fails(capfd, f"--source={path}", f"--output={tmp_path / 'out'}")
+
+
+def test_a_folder_is_no_export(folder, tmp_path):
+  with pytest.raises(UserError, match="is a Hugging Face folder, not an export; make one of it"):
+    export.read(folder)

@@ -6,14 +6,17 @@
   00001/...
 
 A caption is found by its digest, so rows of any order, epoch and split share a
-cache. Shards are memory-mapped; several hosts write different ones, each whole
-or not at all.
+cache. Shards are memory-mapped, as many at a time as the process may open files;
+several hosts write different ones, each whole or not at all.
 """
 
+import collections
 import fcntl
 import hashlib
 import json
+import math
 import os
+import resource
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -25,9 +28,12 @@ import numpy as np
 from t2i_jax.errors import UserError
 
 Features = dict[str, dict[str, np.ndarray]]
-FORMAT = 1
+# Shape without the captions' axis and type ("bool", "float") of each field, by encoder.
+Fields = Mapping[str, Mapping[str, tuple[tuple[int, ...], str]]]
+FORMAT = 2
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
 _INDEX, _DIGESTS = "index.json", "captions.npy"
+_REMEDY = "make another with python -m t2i_jax.precompute text, or leave text.cache out"
 
 
 def digests(captions: Iterable[str]) -> np.ndarray:
@@ -44,6 +50,7 @@ class Writer:
     path: folder of the cache.
     captions: of the data set; repeated ones, and the empty one, are taken care of.
     encoders: `{name: {"fingerprint": text, ...}}` of what makes the features.
+    fields: what they make of a caption.
     dtype: of the features, a key of `DTYPES`.
     shard_size: captions a shard.
     host, hosts: which of several hosts writes, and how many do.
@@ -54,8 +61,8 @@ class Writer:
   """
 
   def __init__(self, path: str | os.PathLike, captions: Iterable[str],
-               encoders: Mapping[str, Mapping[str, Any]], dtype: str, shard_size: int,
-               host: int = 0, hosts: int = 1):
+               encoders: Mapping[str, Mapping[str, Any]], fields: Fields, dtype: str,
+               shard_size: int, host: int = 0, hosts: int = 1):
     self._host, self._hosts = host, hosts
     self._path = Path(path).expanduser()
     by_digest: dict[int, str] = {}
@@ -66,32 +73,33 @@ class Writer:
     order = np.array(sorted(by_digest), np.uint64)
     self._captions = [by_digest[int(number)] for number in order]
     self._dtype, self._shard_size = DTYPES[dtype], shard_size
-    self._claim(order, {
-      "format": FORMAT, "encoders": {k: dict(v) for k, v in encoders.items()}, "dtype": dtype,
+    index = {
+      "format": FORMAT, "encoders": encoders, "fields": fields, "dtype": dtype,
       "shard_size": shard_size, "captions": len(order),
       "captions_sha256": hashlib.sha256(order.tobytes()).hexdigest(),
-    })  # fmt: skip
+    }  # fmt: skip
+    self._index = json.loads(json.dumps(index))
+    self._claim(order, self._index)
 
   def _claim(self, order: np.ndarray, index: dict[str, Any]) -> None:
     path = self._path / _INDEX
     if path.exists():
       self._lock()
       theirs = _read_index(self._path)
-      for key in index:
-        if theirs.get(key) != index[key]:
-          raise UserError(
-            f"'{self._path}' holds another cache: its {key} is {_short(theirs.get(key))}, this "
-            f"one's is {_short(index[key])}; choose another folder, or delete that one"
-          )
+      if theirs != index:
+        raise UserError(f"'{self._path}' holds another cache: {_difference(theirs, index)}; choose "
+                        "another folder, or delete that one")
       return
-    if self._path.exists() and any(p for p in self._path.iterdir() if p.name[0] != "."):
+    there = [p.name for p in self._path.iterdir()] if self._path.is_dir() else []
+    # Dotted names and a list without an index are what an earlier attempt left.
+    if self._path.is_file() or any(n != _DIGESTS and not n.startswith(".") for n in there):
       raise UserError(f"'{self._path}' is there and is no cache; choose another folder")
     self._path.mkdir(parents=True, exist_ok=True)
     self._lock()
-    beside = self._path / f".captions.{os.getpid()}.npy"
+    beside = self._path / f".captions.{self._host}.npy"
     np.save(beside, order)
     beside.replace(self._path / _DIGESTS)
-    beside = self._path / f".index.{os.getpid()}"
+    beside = self._path / f".index.{self._host}"
     beside.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     beside.replace(path)
 
@@ -112,10 +120,18 @@ class Writer:
     """Captions of the cache."""
     return len(self._captions)
 
-  def missing(self) -> list[int]:
-    """The shards that this host still has to write."""
-    count = -(-len(self._captions) // self._shard_size)
-    return [n for n in range(self._host, count, self._hosts) if not _shard(self._path, n).is_dir()]
+  def missing(self, of_all: bool = False) -> list[int]:
+    """The shards that this host, or any, still has to write: those that are not there whole."""
+    missing = _missing(self._path, self._index)
+    return [n for n in missing if of_all or n % self._hosts == self._host]
+
+  @property
+  def bytes_a_caption(self) -> int:
+    """What a caption's features take on the disk."""
+    return sum(
+      math.prod(shape) * (1 if kind == "bool" else self._dtype.itemsize)
+      for fields in self._index["fields"].values() for shape, kind in fields.values()
+    )  # fmt: skip
 
   def captions(self, shard: int) -> list[str]:
     """The captions of a shard."""
@@ -133,7 +149,8 @@ class Writer:
       OSError: it cannot be written.
     """
     beside = self._path / f".{shard:05d}"
-    shutil.rmtree(beside, ignore_errors=True)  # of a process that was killed
+    for left in (beside, _shard(self._path, shard)):  # by a process that was killed, or damaged
+      shutil.rmtree(left, ignore_errors=True)
     try:
       beside.mkdir()
       for name, fields in features.items():
@@ -158,38 +175,41 @@ class TextCache:
 
   Args:
     path: its folder.
+    encoders: those whose features are wanted; all by default.
 
   Raises:
-    UserError: there is none, or it is not whole.
+    UserError: there is none, it is not whole, or it lacks one of the encoders.
   """
 
-  def __init__(self, path: str | os.PathLike):
+  def __init__(self, path: str | os.PathLike, encoders: Sequence[str] = ()):
     self._path = Path(path).expanduser()
     index = _read_index(self._path)
     self.encoders: dict[str, dict[str, Any]] = index["encoders"]
+    for name in encoders:
+      if name not in self.encoders:
+        raise UserError(f"text.cache={self._path} has no features of '{name}', only of "
+                        f"{', '.join(sorted(self.encoders))}; {_REMEDY}")
+    self._fields = {name: index["fields"][name] for name in encoders or self.encoders}
     self._dtype, self._shard_size = DTYPES[index["dtype"]], index["shard_size"]
     self._digests = _load(self._path / _DIGESTS)
     if hashlib.sha256(self._digests.tobytes()).hexdigest() != index["captions_sha256"]:
       raise UserError(f"{self._path / _DIGESTS} is damaged; delete '{self._path}', and run "
                       "python -m t2i_jax.precompute text again")
-    self._shards: dict[int, Features] = {}
-    count = -(-len(self._digests) // self._shard_size)
-    absent = [n for n in range(count) if not _shard(self._path, n).is_dir()]
+    self._shards: collections.OrderedDict[int, Features] = collections.OrderedDict()
+    self._most_open = max(_files_allowed() // sum(map(len, self._fields.values())), 1)
+    absent = _missing(self._path, index)
     if absent:
+      count = -(-len(self._digests) // self._shard_size)
       raise UserError(f"the cache '{self._path}' is not whole: {len(absent)} of {count} shards are "
-                      "missing; give the same python -m t2i_jax.precompute text again, which goes "
-                      "on from there")
+                      "missing or damaged; give the same python -m t2i_jax.precompute text again, "
+                      "which goes on from there")
 
   def check(self, fingerprints: Mapping[str, str]) -> None:
     """Raises UserError unless the cache was made by encoders with these fingerprints."""
-    remedy = "make another with python -m t2i_jax.precompute text"
     for name, fingerprint in fingerprints.items():
-      if name not in self.encoders:
-        raise UserError(f"text.cache={self._path} has no features of '{name}', only of "
-                        f"{', '.join(sorted(self.encoders))}; {remedy}")
       if self.encoders[name]["fingerprint"] != fingerprint:
         raise UserError(f"text.cache={self._path} is stale: its features are of another "
-                        f"{name} or tokenizer than this run's; {remedy}")
+                        f"{name} or tokenizer than this run's; {_REMEDY}")
 
   def check_captions(self, captions: Iterable[str], what: str) -> None:
     """Raises UserError unless the cache has all of these captions, of `what`."""
@@ -198,8 +218,7 @@ class TextCache:
     if len(absent):
       raise UserError(
         f"text.cache={self._path} is stale: it lacks {len(absent)} of the {len(captions)} captions "
-        f"of {what}, such as '{captions[absent[0]]}'; make another with python -m "
-        "t2i_jax.precompute text"
+        f"of {what}, such as '{captions[absent[0]]}'; {_REMEDY}"
       )
 
   def lookup(self, captions: Sequence[str]) -> Features:
@@ -213,15 +232,18 @@ class TextCache:
       self.check_captions(captions, "this batch")
     rows = np.searchsorted(self._digests, wanted)
     shards, rows = np.divmod(rows, self._shard_size)
-    found: Features = {}
+    found: Features = {
+      name: {
+        field: np.empty((len(captions), *shape), bool if kind == "bool" else self._dtype)
+        for field, (shape, kind) in fields.items()
+      }
+      for name, fields in self._fields.items()
+    }
     for shard in np.unique(shards):
-      here = shards == shard
-      for name, fields in self._open(int(shard)).items():
-        for field, stored in fields.items():
-          out = found.setdefault(name, {})
-          if field not in out:
-            out[field] = np.empty((len(captions), *stored.shape[1:]), stored.dtype)
-          out[field][here] = stored[rows[here]]
+      here, opened = shards == shard, self._open(int(shard))
+      for name, fields in found.items():
+        for field, out in fields.items():
+          out[here] = opened[name][field][rows[here]]
     return found
 
   def null(self) -> Features:
@@ -233,21 +255,65 @@ class TextCache:
     return self._digests[at] == wanted
 
   def _open(self, shard: int) -> Features:
-    """A shard's arrays, mapped."""
+    """A shard's arrays, mapped; those that were not asked for longest are closed."""
     if shard not in self._shards:
-      opened: Features = {}
-      for path in sorted(_shard(self._path, shard).glob("*.npy")):
-        name, field = path.stem.rsplit(".", 1)
-        stored = _load(path, "r")
-        if stored.dtype == np.uint16:
-          stored = stored.view(self._dtype)
-        opened.setdefault(name, {})[field] = stored
-      self._shards[shard] = opened
+      while len(self._shards) >= self._most_open:
+        self._shards.popitem(last=False)
+      self._shards[shard] = {
+        name: {
+          field: _load(_file(self._path, shard, name, field), "r").view(
+            bool if kind == "bool" else self._dtype
+          )
+          for field, (_, kind) in fields.items()
+        }
+        for name, fields in self._fields.items()
+      }
+    self._shards.move_to_end(shard)
     return self._shards[shard]
 
 
 def _shard(path: Path, number: int) -> Path:
   return path / f"{number:05d}"
+
+
+def _file(path: Path, shard: int, name: str, field: str) -> Path:
+  return _shard(path, shard) / f"{name}.{field}.npy"
+
+
+def _missing(path: Path, index: Mapping[str, Any]) -> list[int]:
+  """The shards that are not there whole, judged by the headers and sizes of their files."""
+  size, rows = index["shard_size"], index["captions"]
+  return [
+    shard for shard in range(-(-rows // size))
+    if not all(
+      _is_whole(_file(path, shard, name, field), (min(size, rows - shard * size), *shape),
+                np.dtype(bool) if kind == "bool" else DTYPES[index["dtype"]])
+      for name, fields in index["fields"].items() for field, (shape, kind) in fields.items()
+    )
+  ]  # fmt: skip
+
+
+def _is_whole(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> bool:
+  try:
+    with path.open("rb") as file:
+      np.lib.format.read_magic(file)
+      found, fortran, kind = np.lib.format.read_array_header_1_0(file)
+      end = file.tell() + math.prod(found) * kind.itemsize
+    stored = np.dtype(np.uint16) if dtype == ml_dtypes.bfloat16 else dtype
+    return (found, fortran, kind, path.stat().st_size) == (shape, False, stored, end)
+  except (FileNotFoundError, NotADirectoryError, ValueError):
+    return False
+
+
+def _files_allowed() -> int:
+  """How many files to keep open: half of what the process may, which is raised to the most."""
+  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  most = soft if hard == resource.RLIM_INFINITY else hard
+  try:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+  except (OSError, ValueError):
+    most = soft
+  return min(most, 1 << 16) // 2
 
 
 def _load(path: Path, mode: str | None = None) -> np.ndarray:
@@ -265,8 +331,8 @@ def _read_index(path: Path) -> dict[str, Any]:
   try:
     index = json.loads((path / _INDEX).read_text())
     complete = index["format"] == FORMAT and index["dtype"] in DTYPES and {
-      "encoders", "shard_size", "captions", "captions_sha256"
-    } <= set(index)
+      "encoders", "fields", "shard_size", "captions", "captions_sha256"
+    } <= set(index) and index["shard_size"] > 0 and set(index["fields"]) == set(index["encoders"])
   except (ValueError, KeyError, TypeError) as error:
     raise UserError(f"{path / _INDEX} is no cache's index ({error}); delete '{path}', and run "
                     "python -m t2i_jax.precompute text again") from error
@@ -277,6 +343,11 @@ def _read_index(path: Path) -> dict[str, Any]:
   return index
 
 
-def _short(value: Any) -> str:
-  text = json.dumps(value) if not isinstance(value, str) else value
-  return text if len(text) <= 60 else f"{text[:60]}..."
+def _difference(theirs: Mapping[str, Any], ours: Mapping[str, Any], prefix: str = "") -> str:
+  """The first difference of two nested dicts, in words."""
+  key = next(k for k in sorted(theirs | ours) if theirs.get(k) != ours.get(k))
+  one, other = theirs.get(key), ours.get(key)
+  if isinstance(one, dict) and isinstance(other, dict):
+    return _difference(one, other, f"{prefix}{key}.")
+  short = lambda value: text if len(text := str(value)) <= 60 else f"{text[:60]}..."  # noqa: E731
+  return f"its {prefix}{key} is {short(one)}, this one's is {short(other)}"

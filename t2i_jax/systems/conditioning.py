@@ -105,7 +105,7 @@ class TextConditioner:
         if value != default:
           raise UserError(f"text.{name}={value} is of frozen encoders, and text.encoder="
                           f"{self.encoder} is trained; set text.encoder=component")
-    if not self.names or len(set(self.names)) != len(self.names):
+    if not all(self.names) or not self.names or len(set(self.names)) != len(self.names):
       raise UserError(f"text.encoders={self.encoders}: name each encoder once")
     for name in self.pooled:
       if name not in self.names:

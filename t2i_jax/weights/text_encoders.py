@@ -100,8 +100,11 @@ def _open_clip_vision(ours: str = "") -> list[Rule]:
 
 
 # OpenAI's own files and OpenCLIP's, whose names are the same.
-_SETTINGS = r"^(input_resolution|context_length|vocab_size|attn_mask)$"
-OPEN_CLIP_TEXT = KeyMap(_open_clip_text(), [_SETTINGS, r"^visual\.", "^logit_scale$"])
+_SETTINGS = r"^(module\.)?(input_resolution|context_length|vocab_size|attn_mask)$"
+_SHARDED = [("", "module.")]  # of a model that was trained on several devices
+OPEN_CLIP_TEXT = KeyMap(
+  _open_clip_text(), [_SETTINGS, r"^(module\.)?visual\.", r"^(module\.)?logit_scale$"], _SHARDED
+)
 OPEN_CLIP_VISION = KeyMap(
   _open_clip_vision(),
   [_SETTINGS, r"^(transformer|token_embedding|ln_final)\.",

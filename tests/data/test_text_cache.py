@@ -1,5 +1,9 @@
 """Features computed before: stored, found again, refused when they are not the right ones."""
 
+import json
+import os
+import shutil
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -10,6 +14,10 @@ from t2i_jax.errors import UserError
 
 CAPTIONS = [f"a {colour} ring" for colour in ("red", "green", "blue", "black", "white", "grey")]
 ABOUT = {"words": {"fingerprint": "f1"}, "letters": {"fingerprint": "f2"}}
+FIELDS = {
+  "words": {"sequence": ((4, 3), "float"), "mask": ((4,), "bool")},
+  "letters": {"pooled": ((2,), "float")},
+}
 
 
 def features(captions):
@@ -24,7 +32,7 @@ def features(captions):
 
 def write(path, dtype="float32", hosts=1, captions=CAPTIONS, only=None, about=ABOUT):
   for host in range(hosts):
-    writer = Writer(path, captions, about, dtype, 2, host, hosts)
+    writer = Writer(path, captions, about, FIELDS, dtype, 2, host, hosts)
     for shard in writer.missing()[:only]:
       writer.write(shard, features(writer.captions(shard)))
     writer.close()
@@ -71,7 +79,7 @@ def test_hosts_write_different_shards_of_one_cache(tmp_path):
 def test_it_goes_on_where_it_was_stopped(tmp_path):
   path = tmp_path / "cache"
   write(path, only=2)
-  with pytest.raises(UserError, match="not whole: 2 of 4 shards are missing"):
+  with pytest.raises(UserError, match="not whole: 2 of 4 shards are missing or damaged"):
     TextCache(path)
   before = (path / "00000" / "words.sequence.npy").stat().st_mtime_ns
   write(path)
@@ -84,10 +92,10 @@ def test_what_a_killed_process_left_is_cleared_and_a_living_one_is_left_alone(tm
   write(path, only=0)
   (path / ".00001").mkdir()
   (path / ".00001" / "half.npy").write_bytes(b"half")
-  writer = Writer(path, CAPTIONS, ABOUT, "float32", 2)
+  writer = Writer(path, CAPTIONS, ABOUT, FIELDS, "float32", 2)
   with pytest.raises(UserError, match="another process is writing the cache"):
-    Writer(path, CAPTIONS, ABOUT, "float32", 2)
-  Writer(path, CAPTIONS, ABOUT, "float32", 2, host=1, hosts=2).close()
+    Writer(path, CAPTIONS, ABOUT, FIELDS, "float32", 2)
+  Writer(path, CAPTIONS, ABOUT, FIELDS, "float32", 2, host=1, hosts=2).close()
   writer.write(1, features(writer.captions(1)))
   writer.close()
   names = sorted(p.name for p in (path / "00001").iterdir())
@@ -96,7 +104,7 @@ def test_what_a_killed_process_left_is_cleared_and_a_living_one_is_left_alone(tm
 
 
 def test_a_shard_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
-  writer = Writer(tmp_path / "cache", CAPTIONS, ABOUT, "float32", 2)
+  writer = Writer(tmp_path / "cache", CAPTIONS, ABOUT, FIELDS, "float32", 2)
   save, calls = np.save, []
 
   def full(path, value):
@@ -114,7 +122,7 @@ def test_a_shard_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_features_that_are_not_finite_are_refused(tmp_path):
-  writer = Writer(tmp_path / "cache", CAPTIONS, ABOUT, "float32", 2)
+  writer = Writer(tmp_path / "cache", CAPTIONS, ABOUT, FIELDS, "float32", 2)
   broken = features(writer.captions(0))
   broken["letters"]["pooled"][1, 0] = np.nan
   with pytest.raises(UserError, match="letters gives features that are not finite"):
@@ -130,7 +138,8 @@ def test_another_encoder_s_or_data_set_s_cache_is_refused(tmp_path):
   with pytest.raises(UserError, match="cache is stale: its features are of another words"):
     cache.check({"words": "other"})
   with pytest.raises(UserError, match="no features of 'clip', only of letters, words"):
-    cache.check({"clip": "f1"})
+    TextCache(path, ["clip"])
+  assert set(TextCache(path, ["words"]).lookup(CAPTIONS)) == {"words"}
   with pytest.raises(UserError, match="lacks 1 of the 7 captions of mine, such as 'a cat'"):
     cache.check_captions([*CAPTIONS, "a cat"], "mine")
   with pytest.raises(UserError, match="lacks 1 of the 2 captions"):
@@ -139,9 +148,14 @@ def test_another_encoder_s_or_data_set_s_cache_is_refused(tmp_path):
     dict(captions=CAPTIONS[1:]), dict(dtype="bfloat16"),
     dict(about={**ABOUT, "words": {"fingerprint": "f3"}}),
   ):
-    with pytest.raises(UserError, match="holds another cache: its "):
+    with pytest.raises(UserError, match="holds another cache: its .* this one's is"):
       write(path, **other)
   TextCache(path)  # and nothing happened to it
+
+
+def change(path, **values):
+  index = json.loads((path / "index.json").read_text())
+  (path / "index.json").write_text(json.dumps(index | values))
 
 
 @pytest.mark.parametrize(
@@ -151,6 +165,9 @@ def test_another_encoder_s_or_data_set_s_cache_is_refused(tmp_path):
     (lambda p: (p / "index.json").write_text("{"), "is no cache's index"),
     (lambda p: (p / "index.json").write_text("{}"), "is no cache's index"),
     (lambda p: (p / "index.json").write_text('{"format": 9, "dtype": "float32"}'), "format 9"),
+    (lambda p: change(p, shard_size=0), "is of another version"),
+    (lambda p: change(p, shard_size="x"), "is no cache's index"),
+    (lambda p: change(p, encoders={"a": 3}), "is of another version"),
     (lambda p: (p / "captions.npy").write_bytes(b""), "captions.npy cannot be read"),
     (lambda p: np.save(p / "captions.npy", np.arange(7, dtype=np.uint64)), "is damaged"),
   ],
@@ -163,12 +180,49 @@ def test_damage_is_one_line(tmp_path, damage, message):
   assert "\n" not in str(error.value)
 
 
-def test_a_cut_shard_is_one_line(tmp_path):
+@pytest.mark.parametrize("damage", ["cut", "gone", "longer", "other", "narrow", "empty"])
+def test_a_damaged_shard_is_found_at_once_and_written_again(tmp_path, damage):
   write(tmp_path / "cache")
-  for path in (tmp_path / "cache").glob("*/words.sequence.npy"):
+  good = TextCache(tmp_path / "cache").lookup(CAPTIONS)
+  path = tmp_path / "cache" / "00002" / "words.sequence.npy"
+  if damage == "cut":
     path.write_bytes(path.read_bytes()[:-8])
-  with pytest.raises(UserError, match="sequence.npy cannot be read.*delete the folder"):
-    TextCache(tmp_path / "cache").lookup(CAPTIONS)
+  elif damage == "gone":
+    path.unlink()
+  elif damage == "longer":
+    path.write_bytes(path.read_bytes() + b"x")
+  elif damage == "empty":
+    path.write_bytes(b"")
+  else:
+    shape, dtype = ((2, 4, 3), np.float64) if damage == "other" else ((2, 4, 1), np.float32)
+    np.save(path, np.zeros(shape, dtype))
+  with pytest.raises(UserError, match="1 of 4 shards are missing or damaged"):
+    TextCache(tmp_path / "cache")
+  write(tmp_path / "cache")
+  again = TextCache(tmp_path / "cache").lookup(CAPTIONS)
+  np.testing.assert_array_equal(again["words"]["sequence"], good["words"]["sequence"])
+
+
+def test_few_files_are_open_at_a_time(tmp_path, monkeypatch):
+  captions = [f"a {n}" for n in range(120)]
+  write(tmp_path / "cache", captions=captions)
+  monkeypatch.setattr(text_cache, "_files_allowed", lambda: 12)
+  cache = TextCache(tmp_path / "cache")
+  before = len(os.listdir("/proc/self/fd"))
+  for _ in range(2):
+    found = cache.lookup(captions)
+    expected = features(captions)["letters"]["pooled"]
+    np.testing.assert_array_equal(found["letters"]["pooled"], expected)
+    assert len(os.listdir("/proc/self/fd")) <= before + 12
+
+
+def test_a_list_without_an_index_is_an_attempt(tmp_path):
+  write(tmp_path / "cache")
+  for path in (tmp_path / "cache").iterdir():
+    if path.name not in ("captions.npy", ".lock.0"):
+      shutil.rmtree(path) if path.is_dir() else path.unlink()
+  write(tmp_path / "cache")
+  TextCache(tmp_path / "cache")
 
 
 def test_a_folder_that_is_no_cache_is_left_alone(tmp_path):
