@@ -35,7 +35,7 @@ def get_config(arg=None):
   config = recipe.base("ddpm", arg.dataset)
   config.model.update(
     schedule="cosine", prediction="x0", weighting="v_bounded", weighting_bound=10.0,
-    density="logit_normal", density_spread=1.2, time_shift=1.4, blocks=1, patch=2, coordinates=3,
+    density="logit_normal", density_spread=1.2, time_shift=1.0, blocks=1, patch=2, coordinates=3,
     **choose("size", arg.size, SIZES),
   )
   if arg.dataset != "scenes":
