@@ -3,9 +3,10 @@
 import contextlib
 import dataclasses
 import fcntl
+import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -247,6 +248,21 @@ def run_tokenizers(
 def component_tokenizers(config: ConfigDict, given: Mapping[str, Tokenizer]) -> Tokenizers:
   """The tokenizers of `text.encoders`, out of those that components have."""
   return Tokenizers({name: given[name] for name in encoder_names(config.text.encoders)})
+
+
+def truncated_captions(
+  config: ConfigDict, tokenizers: Tokenizers, captions: Iterable[str]
+) -> list[str]:
+  """A line for each encoder that does not take captions whole, judged by the first 2,000."""
+  key = "--length of its conversion" if config.text.encoder == "component" else "text.length"
+  captions, lines = list(itertools.islice(captions, 2000)), []
+  for name, tokenizer in tokenizers.of.items():
+    lengths = tokenizer.lengths(captions)
+    share = float((lengths > tokenizer.length).mean())
+    if share:
+      lines.append(f"{share:.0%} of the captions are longer than the {tokenizer.length} tokens "
+                   f"that {name} takes ({key}), and are cut; the longest has {lengths.max()}")
+  return lines
 
 
 def open_text_cache(config: ConfigDict, components: Components) -> TextCache | None:

@@ -1,6 +1,5 @@
 """`python -m t2i_jax.main --config=configs/NAME.py --workdir=DIR`: trains any system."""
 
-import itertools
 import json
 import time
 from collections.abc import Sequence
@@ -102,7 +101,8 @@ def _train(config, workdir, mesh, rows, tensorboard, started) -> loop.State:
   loader = Loader(
     source, read_text, config.train.batch_size, config.seed, rows, config.data.workers
   )
-  _say_truncated(source, tokenizers, config.text.encoder == "component")
+  for line in assembly.truncated_captions(config, tokenizers, source.captions()):
+    _say(f"warning: {line}")
   assembly.check_batch_spec(system, loader.peek(), config.data.name)
   check_division(system, config.train.batch_size, config.train.accumulate, batch_shards(mesh))
   for warning in check_accumulation(system, config.train.accumulate):
@@ -188,18 +188,6 @@ def _loop(compiled, run: Run, batches, options, writers: Writers, hooks):
   if step < options.total:
     _say(f"stopped as asked; step {step} is saved, and the same command goes on from there")
   return state, step
-
-
-def _say_truncated(source, tokenizers, frozen: bool) -> None:
-  """Says how many training captions an encoder does not take whole, judged by the first ones."""
-  captions = list(itertools.islice(source.captions(), 2000))
-  for name, tokenizer in tokenizers.of.items():
-    lengths = tokenizer.lengths(captions)
-    share = float((lengths > tokenizer.length).mean())
-    if share:
-      key = "--length of its conversion" if frozen else "text.length"
-      _say(f"warning: {share:.0%} of the training captions are longer than the {tokenizer.length} "
-           f"tokens that {name} takes ({key}), and are cut; the longest has {lengths.max()}")
 
 
 def _durations(config: ConfigDict, epoch_size: int | None):

@@ -83,11 +83,15 @@ def write_features(
   # Every host encodes by itself, with its own devices: none waits for another.
   mesh = make_mesh({"fsdp": -1}, jax.local_devices())
   encode, fields = _encoder(config, components, mesh, batch_size, DTYPES[dtype])
+  captions = list(_captions(config, splits))
+  tokenizers = assembly.component_tokenizers(config, components.tokenizers)
+  for line in assembly.truncated_captions(config, tokenizers, captions):
+    say(f"warning: {line}")
   about = {
     "frozen": config.precision.frozen, "compute": jnp.dtype(assembly.compute_dtype(config)).name
   }
   writer = Writer(
-    output, _captions(config, splits),
+    output, captions,
     {name: {"fingerprint": components.about[name]["fingerprint"], **about} for name in names},
     fields, dtype, shard_size, jax.process_index(), jax.process_count(),
   )

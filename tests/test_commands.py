@@ -433,7 +433,7 @@ def test_long_captions_are_said_once_at_the_start(tmp_path, capfd):
   train_on(config_of(TOY, train__duration=1, sample__every=0, evaluate__every=0, text__length=9),
            tmp_path)
   err = capfd.readouterr().err
-  assert re.search(r"warning: \d+% of the training captions are longer than the 9 tokens", err)
+  assert re.search(r"warning: \d+% of the captions are longer than the 9 tokens", err)
 
 
 def test_a_full_disk_leaves_the_old_export_whole(run, exported, fails, monkeypatch):

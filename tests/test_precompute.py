@@ -2,12 +2,13 @@
 
 import json
 import shutil
+import socket
 
 import encoder
 import jax
 import numpy as np
 import pytest
-from runs import ROOT, TOY, assert_same_bits, config_of, metrics, train_on
+from runs import ROOT, TOY, assert_same_bits, command, config_of, finish, metrics, train_on
 
 import t2i_jax
 from t2i_jax import export, precompute
@@ -138,6 +139,46 @@ def test_a_stale_cache_is_refused_by_name(one, two, cache, tmp_path):
   with pytest.raises(UserError, match=r"captions of scenes, held_out_combinations, such as"):
     train_on(config(one, text__cache=tmp_path / "some"), tmp_path / "held_out")
   TextCache(cache)
+
+
+# The second host begins late, and so ends last.
+HOST = """
+import os, sys, time
+import encoder
+from t2i_jax import precompute
+from t2i_jax.data import text_cache
+
+missing = text_cache.Writer.missing
+
+def late(self, of_all=False):
+  time.sleep(3 * (os.environ["T2I_PROCESS_ID"] == "1" and not of_all))
+  return missing(self, of_all)
+
+text_cache.Writer.missing = late
+precompute.main(sys.argv[1:])
+"""
+
+
+def test_two_hosts_write_one_cache(one, tmp_path):
+  with socket.create_server(("localhost", 0)) as free:
+    address = f"localhost:{free.getsockname()[1]}"
+  flags = ["text", f"--config={TOY}:size=tiny", "--config.text.encoder=component",
+           f"--config.components.text_encoder={one['text_encoder']}", "--split=held_out_pairs",
+           "--shard-size=500", "--dtype=float32"]  # fmt: skip
+  processes = [
+    command("", *flags, f"--output={tmp_path / 'two'}", code=HOST, devices=2,
+            T2I_COORDINATOR=address, T2I_NUM_PROCESSES="2", T2I_PROCESS_ID=str(index))
+    for index in range(2)
+  ]  # fmt: skip
+  for process in processes:
+    finish(process)
+  precompute.main([*flags, f"--output={tmp_path / 'one'}"])
+  for path in (tmp_path / "one").rglob("*"):
+    if path.is_file() and not path.name.startswith("."):
+      found, expected = (np.load(p) if p.suffix == ".npy" else p.read_text() for p in
+                         (tmp_path / "two" / path.relative_to(tmp_path / "one"), path))
+      np.testing.assert_array_equal(found, expected)
+  assert len(list((tmp_path / "two").glob("0*"))) == 12
 
 
 def test_the_command_and_what_it_refuses(one, tmp_path, capsys):
