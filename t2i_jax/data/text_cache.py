@@ -38,9 +38,11 @@ _REMEDY = "make another with python -m t2i_jax.precompute text, or leave text.ca
 
 def digests(captions: Iterable[str]) -> np.ndarray:
   """uint64 [n], 64 bits of each caption's BLAKE2b."""
-  return np.array([
-    int.from_bytes(hashlib.blake2b(c.encode(), digest_size=8).digest(), "big") for c in captions
-  ], np.uint64)
+  def digest(caption: str) -> int:
+    said = caption.encode(errors="surrogatepass")
+    return int.from_bytes(hashlib.blake2b(said, digest_size=8).digest(), "big")
+
+  return np.array([digest(caption) for caption in captions], np.uint64)
 
 
 class Writer:
