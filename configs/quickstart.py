@@ -10,8 +10,8 @@ text alone, and the optimizer is Muon. At the end it is scored on captions that
 it never saw.
 
 Expected on "scenes": 100, 99.6 and 100 % of 256 held-out captions right in everything with seeds 0,
-1 and 2, 0 % with the captions shuffled, after 7 minutes of training on two CPU cores. On "scenes_two", with `--config.train.duration=14000`: 98.8 %, after 54 minutes
-on one CPU core.
+1 and 2, 0 % with the captions shuffled, after 7 minutes of training on two CPU cores. On
+"scenes_two", with `--config.train.duration=14000`: 98.8 %, after 54 minutes on one CPU core.
 
 Arguments:
   size: "small" (32 px, the default); "tiny", for tests.

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.full
 CASES = {
   "quickstart": (500, "denoiser/loss"),
   "ddpm": (800, "denoiser/loss"),
-  "vae": (500, "vae/loss"),
+  "vae": (1500, "vae/loss"),
   "gan_cls": (1000, "discriminator/mismatch"),
 }
 
@@ -30,6 +30,7 @@ def test_the_text_matters(name, seed, tmp_path):
       "main", f"--config={ROOT / 'configs' / name}.py", f"--workdir={tmp_path}",
       f"--config.train.duration={steps}", f"--config.seed={seed}", "--config.sample.every=0",
       "--config.checkpoint.every=0", "--config.evaluate.pictures=128",
+      "--config.evaluate.splits=held_out_combinations",
       JAX_DISABLE_MOST_OPTIMIZATIONS="0",
     ),
     minutes=40,
