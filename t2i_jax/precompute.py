@@ -18,6 +18,7 @@ from t2i_jax.parallel.compiler_flags import compiler_options
 from t2i_jax.parallel.mesh import batch_sharding, batch_shards, make_mesh, replicated
 from t2i_jax.parallel.sharding import parse_rules, place, put, shardings
 from t2i_jax.systems.conditioning import encoder_names
+from t2i_jax.text.tokenizer import Tokenizers
 from t2i_jax.training.writers import say
 
 WHAT = ("text",)
@@ -82,9 +83,9 @@ def write_features(
   names = encoder_names(config.text.encoders)
   # Every host encodes by itself, with its own devices: none waits for another.
   mesh = make_mesh({"fsdp": -1}, jax.local_devices())
-  encode, fields = _encoder(config, components, mesh, batch_size, DTYPES[dtype])
-  captions = list(_captions(config, splits))
   tokenizers = assembly.component_tokenizers(config, components.tokenizers)
+  encode, fields = _encoder(config, components, tokenizers, mesh, batch_size, DTYPES[dtype])
+  captions = list(_captions(config, splits))
   for line in assembly.truncated_captions(config, tokenizers, captions):
     say(f"warning: {line}")
   about = {
@@ -126,11 +127,11 @@ def _captions(config: ConfigDict, splits: tuple[str, ...]) -> Iterator[str]:
 
 
 def _encoder(
-  config: ConfigDict, components: assembly.Components, mesh: Any, batch_size: int, dtype: np.dtype
+  config: ConfigDict, components: assembly.Components, tokenizers: Tokenizers, mesh: Any,
+  batch_size: int, dtype: np.dtype,
 ) -> tuple[Callable[[list[str], Callable[[int], Any]], Features], Fields]:
   """A function of captions and a progress bar to features, and what it makes of one caption."""
   text = systems.build_text(config, components.systems, assembly.compute_dtype(config))
-  tokenizers = assembly.component_tokenizers(config, components.tokenizers)
   params = place(
     components.variables, shardings(components.variables, parse_rules(config.sharding.rules), mesh)
   )
