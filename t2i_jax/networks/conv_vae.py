@@ -15,7 +15,9 @@ import jax.numpy as jnp
 
 from t2i_jax.networks.layers.embeddings import coordinate_channels
 from t2i_jax.networks.layers.group_norm import GroupNorm
-from t2i_jax.networks.unet import ResBlock, SpatialAttention, enlarged, shuffle, unshuffle
+from t2i_jax.networks.layers.resample import enlarged, shuffle, unshuffle
+from t2i_jax.networks.layers.resblock import ResBlock
+from t2i_jax.networks.layers.spatial import CompactAttention
 
 Array = jax.Array
 zeros = nn.initializers.zeros
@@ -175,8 +177,9 @@ class Decoder(nn.Module):
           x, condition, False
         )
         if i in self.attention_levels:
-          x = SpatialAttention(
-            self.head_channels, self.groups, dtype=self.dtype, name=f"attention_{i}_{j}"
+          x = CompactAttention(
+            max(features // self.head_channels, 1), self.groups, dtype=self.dtype,
+            name=f"attention_{i}_{j}",
           )(x, context, mask)
     x = nn.silu(GroupNorm(self.groups, dtype=self.dtype, name="norm_out")(x))
     x = nn.Conv(3 * self.patch**2, (3, 3), dtype=self.dtype, kernel_init=zeros, name="conv_out")(x)

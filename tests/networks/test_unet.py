@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t2i_jax.networks.unet import ResBlock, UNet, enlarged, shuffle, unshuffle
+from t2i_jax.networks.layers.resample import enlarged, shuffle, unshuffle
+from t2i_jax.networks.layers.resblock import ResBlock
+from t2i_jax.networks.unet import UNet
 
 TINY = dict(
   channels=16, multipliers=(1, 2), blocks=1, attention_levels=(), head_channels=16, groups=8,

@@ -61,11 +61,13 @@ class MultiHeadAttention(nn.Module):
     context: Array | None = None,
     mask: Array | None = None,
     bias: Array | None = None,
+    prefix: Array | None = None,
   ) -> Array:
     """x [B, T, C], context [B, S, D], mask bool [B, S] -> [B, T, C].
 
     A mask of four axes is of pairs, broadcastable to [B, H, T, S], as is `bias`, which is added to
-    the scores.
+    the scores. Of a `prefix` [B, P, E], attended to before the context through projections of its
+    own, the mask is [B, P], and all of the context counts.
     """
     width, size = x.shape[-1], self.head_size or x.shape[-1] // self.heads
     context = x if context is None else context
@@ -78,6 +80,11 @@ class MultiHeadAttention(nn.Module):
     query = logical(project("query", x), "batch", "length", "heads", None)
     key = logical(project("key", context), "batch", None, "heads", None)
     value = logical(project("value", context), "batch", None, "heads", None)
+    if prefix is not None:
+      key = jnp.concatenate([project("prefix_key", prefix), key], axis=1)
+      value = jnp.concatenate([project("prefix_value", prefix), value], axis=1)
+      if mask is not None:
+        mask = jnp.concatenate([mask, jnp.ones(context.shape[:2], bool)], axis=1)
     if mask is not None and mask.ndim == 2:
       mask = mask[:, None, None, :]
     out = attend(query, key, value, mask, bias, self.scale)

@@ -9,17 +9,22 @@ import numpy as np
 Array = jax.Array
 
 
-def timestep_embedding(t: Array, width: int, max_period: float = 10000.0) -> Array:
-  """Sinusoidal embedding of times [B] -> float32 [B, width], cosines first.
+def timestep_embedding(
+  t: Array, width: int, max_period: float = 10000.0, sine_first: bool = False
+) -> Array:
+  """Sinusoidal embedding of times [B] -> float32 [B, width].
 
-  Vaswani et al. 2017, section 3.5: frequencies max_period^(-i / half), in the
-  order of Dhariwal and Nichol 2021 (Ho et al. 2020 put sines first, and divide
-  by half - 1).
+  Vaswani et al. 2017, section 3.5. Cosines first and frequencies
+  max_period^(-i / half) as Dhariwal and Nichol 2021 have them, or, with
+  `sine_first`, sines first and frequencies max_period^(-i / (half - 1)) as Ho et
+  al. 2020 do.
   """
   half = width // 2
-  frequencies = jnp.exp(-math.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
+  last = half - 1 if sine_first else half
+  frequencies = jnp.exp(-math.log(max_period) * jnp.arange(half, dtype=jnp.float32) / last)
   angles = t.astype(jnp.float32)[:, None] * frequencies
-  embedding = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+  waves = [jnp.cos(angles), jnp.sin(angles)]
+  embedding = jnp.concatenate(waves[::-1] if sine_first else waves, axis=-1)
   return jnp.pad(embedding, ((0, 0), (0, width - 2 * half)))
 
 

@@ -140,7 +140,7 @@ class DDPM(base.System):
   @cached_property
   def network(self) -> UNet:
     names = {field.name for field in dataclasses.fields(UNet)} - {"parent", "name"}
-    return UNet(**{name: getattr(self, name) for name in names})
+    return UNet(**{name: getattr(self, name) for name in names if hasattr(self, name)})
 
   @cached_property
   def drafter(self) -> Draft:
