@@ -200,12 +200,38 @@ class Sampler(Protocol):
 
 @runtime_checkable
 class FirstStage(Protocol):
-  """An autoencoder or tokenizer whose latents or codes another system models."""
+  """An autoencoder whose latents another system models.
 
-  def encode(self, variables: Variables, images: Array, rng: Array | None) -> Any: ...
-  def decode(self, variables: Variables, latents: Any) -> Array: ...
-  def latent_spec(self) -> Any: ...
-  def vocabulary(self) -> tuple[int, ...] | None: ...
+  Attributes:
+    scale, shift: published latents z are (z - shift) * scale where they are modelled; a scale of 0
+      is not given, and is measured.
+  """
+
+  scale: float
+  shift: float
+
+  def encode(self, variables: Variables, images: Array) -> Array:
+    """[B, H, W, 3] in [-1, 1] -> moments [B, h, w, 2c]: mean, then log-variance in [-30, 20]."""
+
+  def decode(self, variables: Variables, latents: Array) -> Array:
+    """Latents [B, h, w, c], neither shifted nor scaled -> pictures [B, H, W, 3], about [-1, 1]."""
+
+  def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+    """(h, w, c) of square pictures; UserError for a side that does not divide."""
+
+
+@runtime_checkable
+class Perceptual(Protocol):
+  """A trained network in whose features pictures are compared.
+
+  Attributes:
+    name: how every loss and score that uses it is called, such as "lpips".
+  """
+
+  name: str
+
+  def distance(self, variables: Variables, a: Array, b: Array) -> Array:
+    """Of pictures [B, H, W, 3] in [-1, 1], [B]; 0 for equal ones."""
 
 
 @runtime_checkable
