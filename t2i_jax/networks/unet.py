@@ -25,8 +25,8 @@ class Trunk(nn.Module):
   """What U-Nets and their halves share: the embedding, the levels on the way down, the middle.
 
   Attributes:
-    channels: of the first level.
-    multipliers: channels of each level, as multiples.
+    channels: of which levels have multiples; a quarter of the time embedding's.
+    multipliers: channels of each level, as multiples; they may be fractions.
     blocks: residual blocks a level on the way down; one more on the way up.
     attention: "block" (self-attention; a text's tokens beside the pixels), "transformer"
       (self-attention, cross-attention and a gated MLP, `depths` times) or "compact" (the same once,
@@ -49,7 +49,7 @@ class Trunk(nn.Module):
   """
 
   channels: int = 128
-  multipliers: tuple[int, ...] = (1, 2, 2, 2)
+  multipliers: tuple[float, ...] = (1, 2, 2, 2)
   blocks: int = 2
   attention: str = "compact"
   attention_levels: tuple[int, ...] = (1,)
@@ -70,6 +70,10 @@ class Trunk(nn.Module):
   classes: int = 0
   remat: bool = False
   dtype: jnp.dtype = jnp.float32
+
+  def width(self, i: int) -> int:
+    """Channels of level `i`."""
+    return int(self.channels * self.multipliers[i])
 
   def embedded(self, t: Array, pooled: Array | None = None, label: Array | None = None) -> Array:
     """t [B], pooled [B, P], label int32 [B] -> [B, 4 channels]."""
@@ -107,7 +111,7 @@ class Trunk(nn.Module):
 
   def block(self, h: Array, i: int, name: str, embedding, context, mask, train: bool) -> Array:
     """A residual block of level `i`, and its attention where the level attends."""
-    channels = self.channels * self.multipliers[i]
+    channels = self.width(i)
     h = self.resblock(channels, f"{name}_block")(h, embedding, train)
     if i in self.attention_levels:
       depth = self.depths[i] if self.depths else 1
@@ -190,7 +194,7 @@ class UNet(Trunk):
       h = jnp.concatenate([h, jnp.broadcast_to(places, (*h.shape[:3], places.shape[-1]))], -1)
     if layout is not None:
       h = jnp.concatenate([h, enlarged(layout.astype(self.dtype), *h.shape[1:3])], axis=-1)
-    h = nn.Conv(self.channels, (3, 3), dtype=self.dtype, name="conv_in")(h)
+    h = nn.Conv(self.width(0), (3, 3), dtype=self.dtype, name="conv_in")(h)
     h, skips = self.down(h, embedding, context, mask, train)
     h = self.middle(h, embedding, context, mask, train)
     for i in reversed(range(len(self.multipliers))):
