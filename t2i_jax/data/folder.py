@@ -22,7 +22,7 @@ import numpy as np
 from t2i_jax.data.base import FileSource
 from t2i_jax.data.caption_files import SPLITS, read_captions
 from t2i_jax.data.held_out import held_out
-from t2i_jax.data.images import BadImage, check_header, decode
+from t2i_jax.data.images import BadImage, check_header, decode, size_and_crop
 from t2i_jax.errors import UserError, unknown
 
 _NAMES = ("captions.jsonl", "captions.csv")
@@ -80,6 +80,7 @@ class Folder(FileSource):
     seed: not used; the split follows from the file names.
     path: the directory.
     captions: the captions file, from `path`; empty finds it.
+    sizes: whether rows have a `size` and a `crop`; see `size_and_crop`.
     log_dir: where `skipped_<split>.txt` names the pictures that are skipped; the
       user's directory is never written to.
 
@@ -95,13 +96,14 @@ class Folder(FileSource):
     seed: int = 0,
     path: str = "",
     captions: str = "",
+    sizes: bool = False,
     log_dir: str | None = None,
   ):
     del seed
     if split not in SPLITS:
       raise unknown("split of data set 'folder'", split, SPLITS)
     self.resolution = resolution
-    self._path, self._split = path, split
+    self._path, self._split, self._sizes = path, split, sizes
     source = _captions_file(path, captions)
     rows = read_captions(source)
     self._log = os.path.join(log_dir, f"skipped_{split}.txt") if log_dir else None
@@ -191,6 +193,12 @@ class Folder(FileSource):
         logging.warning("skipped %s", error)
       self._skip({file: error.reason})
       raise
+
+  def extra_of(self, index: int) -> dict[str, np.ndarray]:
+    if not self._sizes:
+      return {}
+    size, crop = size_and_crop(self._full(self._files[index]), self.resolution)
+    return {"size": size, "crop": crop}
 
   def captions_of(self, index: int) -> tuple[str, ...]:
     """Row's captions, with white space made single spaces."""

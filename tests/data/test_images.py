@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from t2i_jax.data.images import BadImage, check_header, decode
+from t2i_jax.data.images import BadImage, check_header, decode, size_and_crop
 
 RED = (220, 30, 40)
 
@@ -139,3 +139,27 @@ def test_files(tmp_path):
   assert (copy.path, copy.reason) == (str(tmp_path / "b.png"), "no such file")
   with pytest.raises(BadImage):
     decode(tmp_path, 4)
+
+
+@pytest.mark.parametrize(
+  "size, rotated, expected",
+  [
+    ((96, 32), False, ([32, 96], [0, 16])),
+    ((32, 96), False, ([96, 32], [16, 0])),
+    ((16, 16), False, ([16, 16], [0, 0])),
+    ((96, 32), True, ([96, 32], [16, 0])),
+  ],
+)
+def test_size_and_crop_are_of_the_picture_as_it_is_looked_at(size, rotated, expected):
+  image = Image.new("RGB", size)
+  exif = image.getexif()
+  if rotated:
+    exif[0x0112] = 6
+  given = encoded(image, format="JPEG", exif=exif)
+  for found, wanted in zip(size_and_crop(given, 16), expected, strict=True):
+    assert found.dtype == np.int32 and found.tolist() == wanted
+
+
+def test_size_of_no_picture_is_an_error():
+  with pytest.raises(BadImage, match="not a picture"):
+    size_and_crop(b"", 16)
