@@ -205,7 +205,8 @@ def run_tokenizers(
 ) -> Tokenizers:
   """The run's tokenizers: its own, those of `resume`, of frozen text encoders or of `init_from`.
 
-  A model keeps the ids that it knows; where none does, a tokenizer is trained.
+  A model keeps the ids that it knows; where none does, a tokenizer is trained. There are none for
+  a system that reads no text.
 
   Args:
     config, workdir: of the run.
@@ -215,6 +216,8 @@ def run_tokenizers(
   Raises:
     UserError: for a tokenizer that cannot be read, or of another length than the config's.
   """
+  if not systems.load(config.system).reads_text:
+    return Tokenizers({})
   if (workdir / CONFIG).exists():
     return Tokenizers.load(workdir / TOKENIZER)
   if config.text.encoder == "component":

@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 
 import t2i_jax
 from t2i_jax import config as configs
+from t2i_jax import systems
 from t2i_jax.errors import UserError
 from t2i_jax.text.tokenizer import Tokenizers
 
@@ -257,6 +258,24 @@ Train on it, frozen:
       --config.text.encoder=component --config.components.text_encoder=PATH
 
 {notes}"""
+  draws = systems.load(config.system).Options is not None
+  use = """Draw pictures with it:
+
+    python -m t2i_jax.sample --export=PATH --prompt="..."
+""" if draws else """Build another system on it, in which it is frozen:
+
+    python -m t2i_jax.main --config=CONFIG --workdir=RUN --config.components.NAME=PATH
+"""
+  if not step:
+    return f"""# {config.system}, converted
+
+| | |
+|---|---|
+| system | `{config.system}` |
+| parameters | {parameters:,} |
+
+{use}
+{notes}"""
   return f"""# {config.system}, trained on {config.data.name}
 
 | | |
@@ -268,10 +287,7 @@ Train on it, frozen:
 | weights | {f"moving average, decay {config.ema.decay}" if ema and config.ema.decay
              else "of the last step, not averaged"} |
 
-Draw pictures with it:
-
-    python -m t2i_jax.sample --export=PATH --prompt="..."
-
+{use}
 {notes}"""
 
 

@@ -9,7 +9,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from t2i_jax import assembly, command, data, export
+from t2i_jax import assembly, command, data, export, systems
 from t2i_jax import config as configs
 from t2i_jax.data.loader import Loader
 from t2i_jax.data.prefetch import Prefetcher
@@ -275,8 +275,9 @@ def _export(config, workdir, variables, step, tokenizers, components) -> None:
     path = export.write(
       workdir / "export", config, step, variables, tokenizers, components.about
     )
-    _say(f"export written to {path}; draw with: python -m t2i_jax.sample --export={path} "
-         "--prompt='...'")
+    draws = systems.load(config.system).Options is not None
+    use = f"; draw with: python -m t2i_jax.sample --export={path} --prompt='...'" if draws else ""
+    _say(f"export written to {path}{use}")
 
 
 def _is_scored(config, system) -> bool:

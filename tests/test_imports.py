@@ -26,7 +26,7 @@ LAYERS = (
   ("systems", "weights"),
   ("training",),
   ("recipe", "assembly", "export", "restore", "pipeline", "hooks", "command"),
-  ("main", "sample", "evaluate", "convert", "precompute", "plan"),
+  ("main", "sample", "evaluate", "convert", "convert_perceptual", "precompute", "plan"),
 )
 # What a folder must not know, beyond its layer.
 APART = {

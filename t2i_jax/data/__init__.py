@@ -7,14 +7,14 @@ there. `SPLITS` in its module are the names that `split` may have.
 
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from t2i_jax.data.base import Source
-from t2i_jax.errors import unknown
+from t2i_jax.errors import UserError, unknown
 
 DATASETS = {
   "emoji": "t2i_jax.data.emoji:Emoji",
@@ -25,6 +25,9 @@ DATASETS = {
 # Data sets whose pictures can be judged: (images uint8 [n, R, R, 3], captions) to
 # {attribute: bool [n]}, "all" among them.
 VERIFIERS = {"scenes": "t2i_jax.data.scenes:verify"}
+# Modules of those whose rows can have labels: `CLASSES`, {attribute: number of classes}, and
+# `read_labels`, captions to int32 [n, attributes].
+LABELLED = {"scenes": "t2i_jax.data.scenes.labels"}
 ATTRIBUTES = ("colour", "shape", "size", "count", "position", "all")
 
 _COMMON = ("split", "resolution", "seed", "log_dir")
@@ -53,6 +56,27 @@ def verifier(name: str) -> Callable[..., dict[str, np.ndarray]] | None:
     return None
   module, attribute = VERIFIERS[name].split(":")
   return getattr(importlib.import_module(module), attribute)
+
+
+def labels(name: str) -> dict[str, int] | None:
+  """Numbers of classes of a data set's attributes, in the order of `label`; None without labels.
+
+  Batches bring `label`, int32 [B, attributes], with the set's option `labels`.
+  """
+  if name not in LABELLED:
+    return None
+  return dict(importlib.import_module(LABELLED[name]).CLASSES)
+
+
+def read_labels(name: str, captions: Sequence[str]) -> np.ndarray:
+  """Labels, int32 [n, attributes], of captions of a data set for which `labels` gives some.
+
+  Raises:
+    UserError: the set has no labels, or a text is no caption that has them.
+  """
+  if name not in LABELLED:
+    raise UserError(f"data set '{name}' has no labels; those that have: {', '.join(LABELLED)}")
+  return importlib.import_module(LABELLED[name]).read_labels(captions)
 
 
 def default_options(name: str) -> dict[str, Any]:

@@ -13,7 +13,9 @@ from t2i_jax.systems import base
 
 SYSTEMS = {
   "conditional_vae": "t2i_jax.systems.vae.conditional_vae:ConditionalVAE",
+  "feature_net": "t2i_jax.systems.perceptual.feature_net:FeatureNet",
   "gan_cls": "t2i_jax.systems.gan.gan_cls:GANCLS",
+  "lpips": "t2i_jax.systems.perceptual.lpips:LPIPS",
   "ddpm": "t2i_jax.systems.diffusion.ddpm:DDPM",
   "pretrained_text": "t2i_jax.systems.text.pretrained:PretrainedText",
 }

@@ -138,9 +138,11 @@ class System(abc.ABC):
     Options: a `struct.dataclass` of the sampling options with their defaults,
       static fields marked `pytree_node=False`; None without a sampler.
     ema_groups: the trained groups that an export needs, which EMA covers.
+    reads_text: whether batches and exports have tokenizers.
   """
 
   Options: ClassVar[type | None] = None
+  reads_text: ClassVar[bool] = True
 
   @property
   @abc.abstractmethod

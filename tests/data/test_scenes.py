@@ -3,6 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
+from t2i_jax.data import labels, read_labels
 from t2i_jax.data.scenes import (
   BACKGROUND,
   COLOURS,
@@ -239,3 +240,35 @@ def test_what_has_too_many_captions_is_one_line():
   with pytest.raises(UserError, match="'counts' have too many captions to list"):
     next(Scenes(levels=("one", "counts")).every_caption())
   assert next(Scenes("held_out_pairs", levels=("counts",)).every_caption())
+
+
+def test_labels_say_what_the_captions_say():
+  source = Scenes(labels=True)
+  rows = source.fetch(np.arange(200), draws(200))
+  assert rows.extra["label"].dtype == np.int32
+  np.testing.assert_array_equal(rows.extra["label"], read_labels("scenes", rows.captions))
+  (thing,) = parse(rows.captions[3]).things
+  values = (list(COLOURS), SHAPES, SIZES, PLACES)
+  said = (thing.colour, thing.shape, thing.size, thing.place)
+  assert [names[i] for names, i in zip(values, rows.extra["label"][3], strict=True)] == list(said)
+  assert labels("scenes") == dict(zip(("colour", "shape", "size", "place"), map(len, values),
+                                      strict=True))
+  assert (rows.extra["label"].max(axis=0) + 1 == list(labels("scenes").values())).all()
+  # Nothing else changes, and without the option there are none.
+  plain = Scenes().fetch(np.arange(200), draws(200))
+  assert plain.extra == {} and plain.captions == rows.captions
+  np.testing.assert_array_equal(plain.image, rows.image)
+  assert Scenes("held_out_pairs", labels=True).fetch(np.arange(3), draws(3)).extra["label"].shape
+
+
+def test_only_one_object_has_labels():
+  with pytest.raises(UserError, match="levels one, two have no labels.* data.options.levels=one"):
+    Scenes(levels=("one", "two"), labels=True)
+  for text in ("a red circle above a blue ring", "two red circles"):
+    with pytest.raises(UserError, match="have no labels"):
+      read_labels("scenes", [text])
+  with pytest.raises(UserError, match="a label cannot be read: not a caption"):
+    read_labels("scenes", ["hello"])
+  assert labels("emoji") is None
+  with pytest.raises(UserError, match="'emoji' has no labels; those that have: scenes"):
+    read_labels("emoji", ["a cat"])

@@ -6,6 +6,7 @@ import numpy as np
 
 from t2i_jax.data.base import Rows, Source
 from t2i_jax.data.scenes.grammar import LEVELS, Scene, caption, captions_of
+from t2i_jax.data.scenes.labels import labels_of
 from t2i_jax.data.scenes.render import mix, render
 from t2i_jax.data.scenes.split import (
   SPLITS,
@@ -39,9 +40,10 @@ class Scenes(Source):
     resolution: side of the pictures, at least 16.
     seed: of the rows' order and layouts; the split itself does not depend on it.
     levels: some of `LEVELS`.
+    labels: whether rows have a `label`, int32 [attributes] as in `labels.NAMES`; of level "one".
 
   Raises:
-    UserError: on an unknown split or level, or too small a resolution.
+    UserError: on an unknown split or level, labels of other levels, or too small a resolution.
   """
 
   def __init__(
@@ -50,6 +52,7 @@ class Scenes(Source):
     resolution: int = 32,
     seed: int = 0,
     levels: tuple[str, ...] = ("one",),
+    labels: bool = False,
   ):
     if split not in SPLITS:
       raise unknown("split of scenes", split, SPLITS)
@@ -58,12 +61,16 @@ class Scenes(Source):
         raise unknown("level of scenes", level, LEVELS)
     if not levels:
       raise UserError(f"scenes: no levels given; name some of {', '.join(LEVELS)}")
+    if labels and set(levels) != {"one"}:
+      raise UserError(f"scenes of levels {', '.join(levels)} have no labels, only those of one "
+                      "object; set data.options.levels=one")
     if resolution < 16:
       raise UserError(f"scenes: resolution {resolution} is too small to draw; use 16 or more")
     self.split = split
     self.resolution = resolution
     self.seed = seed
     self.levels = tuple(levels)
+    self.labels = labels
     self.infinite = split == "train"
     self._held_out = () if self.infinite else self._list_held_out()
 
@@ -86,6 +93,7 @@ class Scenes(Source):
     return Rows(
       image=render(scenes, self.resolution, layouts),
       captions=[caption(s, int(d)) for s, d in zip(scenes, draws, strict=True)],
+      extra={"label": labels_of(scenes)} if self.labels else {},
     )
 
   def captions(self) -> Iterator[str]:
