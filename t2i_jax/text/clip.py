@@ -9,10 +9,23 @@ import jax
 import jax.numpy as jnp
 
 from t2i_jax.errors import UserError
-from t2i_jax.text.layers import ACTIVATIONS, EPSILON, PreNormLayer
+from t2i_jax.networks.layers.embeddings import timestep_embedding
+from t2i_jax.text.layers import ACTIVATIONS, EPSILON, AdaptiveNorm, PreNormLayer
 
 Array = jax.Array
 normal = nn.initializers.normal(0.02)
+# Of the pictures that OpenAI and OpenCLIP trained on, by channel, values in [0, 1].
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+DEVIATION = (0.26862954, 0.26130258, 0.27577711)
+
+
+def prepared(images: Array, resolution: int) -> Array:
+  """Pictures [B, H, W, 3] in [-1, 1] as the vision tower takes them, [B, R, R, 3], float32."""
+  images = images.astype(jnp.float32)
+  if images.shape[1:3] != (resolution, resolution):
+    shape = (len(images), resolution, resolution, images.shape[-1])
+    images = jax.image.resize(images, shape, "cubic")
+  return ((images + 1) / 2 - jnp.asarray(MEAN)) / jnp.asarray(DEVIATION)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,27 +230,35 @@ class CLIPText(nn.Module):
 class CLIPVision(nn.Module):
   """The vision tower: a ViT with a norm before its first layer.
 
+  With times it is one for noised pictures (Liu et al. 2021, section 3.3): an embedding of the time
+  scales and shifts what every norm gives, by nothing before it is trained.
+
   Attributes:
     config: sizes.
     project: whether the pooled vector is projected to the space shared with captions.
+    time_width: of the sinusoidal embedding of times; the trained one has four times as many units.
     dtype: type of the computation.
   """
 
   config: VisionConfig
   project: bool = True
+  time_width: int = 128
   dtype: jnp.dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, images: Array) -> tuple[Array, Array]:
+  def __call__(self, images: Array, t: Array | None = None) -> tuple[Array, Array]:
     """images [B, R, R, 3], normalised by CLIP's mean and deviation -> sequence, pooled.
 
     The sequence [B, 1 + patches, width] is the last layer's output, the class token first, without
-    the last norm; pooled [B, P] is the class token behind it.
+    the last norm; pooled [B, P] is the class token behind it. Times are [B], or None for clean
+    pictures. Every layer's output is sown as the intermediate `layers`.
     """
     config = self.config
     if images.shape[1:3] != (config.resolution, config.resolution):
       raise UserError(f"CLIP's vision tower takes pictures of {config.resolution} px, these are "
                       f"{images.shape[2]}x{images.shape[1]}")
+    embedding = None if t is None else self._embedded(t)
+    norm = lambda name: AdaptiveNorm(dtype=self.dtype, name=name)  # noqa: E731
     patch = (config.patch, config.patch)
     x = nn.Conv(
       config.width, patch, patch, "VALID", use_bias=False, dtype=self.dtype, kernel_init=normal,
@@ -247,15 +268,22 @@ class CLIPVision(nn.Module):
     first = self.param("class", normal, (config.width,)).astype(self.dtype)
     x = jnp.concatenate([jnp.broadcast_to(first, (len(x), 1, config.width)), x], axis=1)
     x = x + self.param("positions", normal, (x.shape[1], config.width)).astype(self.dtype)
-    x = nn.LayerNorm(EPSILON, dtype=self.dtype, name="norm_in")(x)
+    x = norm("norm_in")(x, embedding)
     for i in range(config.layers):
-      x = _layer(config, i, self.dtype)(x)
-    pooled = nn.LayerNorm(EPSILON, dtype=self.dtype, name="norm_out")(x[:, 0])
+      x = _layer(config, i, self.dtype)(x, embedding=embedding)
+      self.sow("intermediates", "layers", x)
+    pooled = norm("norm_out")(x[:, 0], embedding)
     if self.project:
       pooled = nn.Dense(
         config.projection, use_bias=False, dtype=self.dtype, kernel_init=normal, name="projection"
       )(pooled)
     return x, pooled
+
+  def _embedded(self, t: Array) -> Array:
+    """[B] -> [B, 4 time_width], through the activation that its readers want."""
+    dense = lambda name: nn.Dense(4 * self.time_width, dtype=self.dtype, name=name)  # noqa: E731
+    e = timestep_embedding(t, self.time_width).astype(self.dtype)
+    return nn.silu(dense("time_out")(nn.silu(dense("time_in")(e))))
 
 
 class CLIP(nn.Module):

@@ -30,6 +30,24 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
+class AdaptiveNorm(nn.LayerNorm):
+  """A layer norm that an embedding, if there is one, scales and shifts; at first by nothing."""
+
+  epsilon: float = EPSILON
+
+  @nn.compact
+  def __call__(self, x: Array, embedding: Array | None = None) -> Array:
+    """x [B, ..., C], embedding [B, E] -> the shape of x."""
+    y = super().__call__(x)
+    if embedding is None:
+      return y
+    modulation = nn.Dense(
+      2 * x.shape[-1], dtype=self.dtype, kernel_init=nn.initializers.zeros, name="modulation"
+    )(embedding)
+    scale, shift = jnp.split(modulation.reshape(len(y), *(1,) * (y.ndim - 2), -1), 2, axis=-1)
+    return y * (1 + scale) + shift
+
+
 class PreNormLayer(nn.Module):
   """Attention and an MLP, each behind a norm (Xiong et al. 2020).
 
@@ -49,13 +67,19 @@ class PreNormLayer(nn.Module):
   dtype: jnp.dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, x: Array, mask: Array | None = None) -> Array:
-    """x [B, L, width], mask bool [B, L] or broadcastable to [B, H, L, L] -> [B, L, width]."""
-    y = nn.LayerNorm(EPSILON, dtype=self.dtype, name="norm_attention")(x)
+  def __call__(
+    self, x: Array, mask: Array | None = None, embedding: Array | None = None
+  ) -> Array:
+    """x [B, L, width], mask bool [B, L] or broadcastable to [B, H, L, L] -> [B, L, width].
+
+    An `embedding` [B, E], such as of a time, scales and shifts what the norms give.
+    """
+    norm = lambda name: AdaptiveNorm(dtype=self.dtype, name=name)  # noqa: E731
+    y = norm("norm_attention")(x, embedding)
     x = x + MultiHeadAttention(
       self.heads, dtype=self.dtype, head_size=self.head_size, input_bias=self.input_bias,
       name="attention",
     )(y, mask=mask)  # fmt: skip
-    y = nn.LayerNorm(EPSILON, dtype=self.dtype, name="norm_mlp")(x)
+    y = norm("norm_mlp")(x, embedding)
     y = ACTIVATIONS[self.activation](nn.Dense(self.mlp, dtype=self.dtype, name="mlp_in")(y))
     return x + nn.Dense(x.shape[-1], dtype=self.dtype, name="mlp_out")(y)
