@@ -31,12 +31,13 @@ def test_untrained_times_leave_the_tower_as_it_is(variables):
   clean = {"params": without_times(variables["params"])}
   shapes = jax.eval_shape(TIMED.init, jax.random.key(0), IMAGES)
   assert jax.tree.map(lambda x: x.shape, clean) == jax.tree.map(lambda x: x.shape, shapes)
-  np.testing.assert_array_equal(APPLY(variables, IMAGES, TIMES)[1], APPLY(clean, IMAGES)[1])
+  pooled = APPLY(variables, IMAGES, TIMES)[1]
+  np.testing.assert_allclose(pooled, APPLY(clean, IMAGES)[1], atol=1e-6)
 
 
 def test_trained_times_change_every_norm(variables):
   def moved(path, leaf):
-    return leaf + 0.1 if path[-1].key == "bias" and "modulation" in str(path[-2]) else leaf
+    return leaf + 0.1 if "modulation" in jax.tree_util.keystr(path) else leaf
 
   for name in ("norm_in", "norm_out", "layers_0", "layers_1"):
     params = dict(variables["params"])
