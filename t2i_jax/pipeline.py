@@ -27,16 +27,17 @@ from t2i_jax.text.tokenizer import Tokenizers
 class Pipeline:
   """A system with its variables and tokenizer, ready to draw.
 
-  Text is encoded by one compiled program, pictures are drawn by another; both
-  are compiled once for a batch size and a set of static options. Picture i is
-  a function of (variables, prompt, seed, i, options), whatever the batch size
-  and the number of devices.
+  Text is encoded by one compiled program, pictures are drawn by another, and a
+  third makes pictures of what is drawn where that is latents; each is compiled
+  once for a batch size and a set of static options. Picture i is a function of
+  (variables, prompt, seed, i, options), whatever the batch size and the number
+  of devices.
 
   Attributes:
     system: what draws.
     tokenizers: of the prompts.
-    resting: variables of text encoders that stay on the host, and visit the devices only while
-      all prompts of a call are encoded.
+    resting: variables that stay on the host: of text encoders, which visit the devices only while
+      all prompts of a call are encoded, and of a first stage, which does while a call draws.
     config: of the run that trained it; None will do where nothing rests.
     step: of that run.
   """
@@ -50,7 +51,11 @@ class Pipeline:
     compiled = {"compiler_options": compiler_options(mesh.devices.flat[0].platform)}
     self._condition = jax.jit(system.condition, **compiled)
     self._whole = jax.jit(lambda x: x, out_shardings=replicated(mesh), **compiled)
-    self._sample = jax.jit(self._to_uint8, out_shardings=replicated(mesh), **compiled)
+    self._finishes = isinstance(system, base.Finisher)
+    draw = self._drawn if self._finishes else self._pictures
+    placed = batch_sharding(mesh) if self._finishes else replicated(mesh)
+    self._sample = jax.jit(draw, out_shardings=placed, **compiled)
+    self._finish = jax.jit(self._finished, out_shardings=replicated(mesh), **compiled)
 
   @classmethod
   def load(
@@ -148,23 +153,39 @@ class Pipeline:
     size = -(-min(batch_size, len(prompts)) // shards) * shards
     starts = range(0, len(prompts), size)
     parts = [list(prompts[start : start + size]) for start in starts]
-    encoded = self._encoded(variables, parts, size)
+    encoders, others = base.split(self.resting, self.system.text.frozen_groups)
+    encoded = self._encoded(variables, encoders, parts, size)
+    visiting = None
     for start, part, conditioning in zip(starts, parts, encoded, strict=True):
+      if visiting is None:  # not before the encoders have gone
+        visiting = base.merge(variables, self._visiting(others))
       indices = np.arange(first + start, first + start + size)
       with jax.set_mesh(self.mesh):
         drawn = self._sample(
           variables, conditioning, jnp.uint32(seed), self._put(indices), chosen
         )
+        if self._finishes:
+          drawn = self._finish(visiting, drawn)
       yield np.asarray(drawn)[: len(part)]
 
-  def _encoded(self, variables: Any, parts: list[list[str]], size: int) -> Iterator[Any]:
-    """The conditioning of each part of the prompts, filled up to `size`."""
-    if not self.resting:
+  def _visiting(self, resting: Any) -> Any:
+    """Variables that rest, on the devices."""
+    if not resting:
+      return {}
+    return place(resting, shardings(resting, parse_rules(self.config.sharding.rules), self.mesh))
+
+  def _encoded(
+    self, variables: Any, encoders: Any, parts: list[list[str]], size: int
+  ) -> Iterator[Any]:
+    """The conditioning of each part of the prompts, filled up to `size`.
+
+    `encoders` are the variables of those that rest.
+    """
+    if not encoders:
       for part in parts:
         yield self._encode(variables, part, size)
       return
-    rules = parse_rules(self.config.sharding.rules)
-    visiting = place(self.resting, shardings(self.resting, rules, self.mesh))
+    visiting = self._visiting(encoders)
     kept = [self._off(self._encode(base.merge(variables, visiting), part, size)) for part in parts]
     del visiting
     for conditioning in kept:
@@ -196,7 +217,10 @@ class Pipeline:
     with jax.set_mesh(self.mesh):
       whole = base.merge(variables, self.resting)
       given = jax.eval_shape(self.system.condition, whole, {"text": text})
-      jax.eval_shape(self._to_uint8, variables, given, jnp.uint32(0), np.arange(rows), chosen)
+      call = (variables, given, jnp.uint32(0), np.arange(rows), chosen)
+      drawn = jax.eval_shape(self._drawn, *call)
+      if self._finishes:
+        jax.eval_shape(self._finished, whole, drawn)
 
   def truncated(self, prompts: Sequence[str]) -> list[str]:
     """A line for each prompt that the encoder cannot take whole, saying what is cut."""
@@ -210,10 +234,20 @@ class Pipeline:
       lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), tree
     )
 
-  def _to_uint8(self, variables, conditioning, seed, indices, options):
+  def _drawn(self, variables, conditioning, seed, indices, options):
     keys = base.picture_keys(seed, indices)
-    images = self.system.sample(variables, conditioning, keys, options)
-    return jnp.clip(jnp.round((images + 1.0) * 127.5), 0, 255).astype(jnp.uint8)
+    return self.system.sample(variables, conditioning, keys, options)
+
+  def _pictures(self, *call):
+    return _to_uint8(self._drawn(*call))
+
+  def _finished(self, variables, drawn):
+    return _to_uint8(self.system.finish(variables, drawn))
+
+
+def _to_uint8(images: jax.Array) -> jax.Array:
+  """Pictures in [-1, 1] as uint8."""
+  return jnp.clip(jnp.round((images + 1.0) * 127.5), 0, 255).astype(jnp.uint8)
 
 
 def _check_fits(system: System, exported: export.Export) -> None:

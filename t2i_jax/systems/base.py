@@ -197,7 +197,19 @@ class Sampler(Protocol):
   def sample(
     self, variables: Variables, conditioning: Conditioning, keys: Array, options: Any
   ) -> Array:
-    """Pictures [B, H, W, 3] in [-1, 1]; `keys` [B] is one key a picture."""
+    """Pictures [B, H, W, 3] in [-1, 1], or a `Finisher`'s latents; one key [B] a picture."""
+
+
+@runtime_checkable
+class Finisher(Protocol):
+  """A sampler whose `sample` gives latents, not yet pictures.
+
+  A second program makes pictures of them, so that only one of the two needs the first stage, which
+  may be off the devices until then.
+  """
+
+  def finish(self, variables: Variables, drawn: Array) -> Array:
+    """Pictures [B, H, W, 3] in [-1, 1] of what `sample` gave, [B, ...]."""
 
 
 @runtime_checkable
