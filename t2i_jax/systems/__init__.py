@@ -16,9 +16,11 @@ SYSTEMS = {
   "feature_net": "t2i_jax.systems.perceptual.feature_net:FeatureNet",
   "gan_cls": "t2i_jax.systems.gan.gan_cls:GANCLS",
   "kl_autoencoder": "t2i_jax.systems.vae.kl_autoencoder:KLAutoencoder",
+  "lora": "t2i_jax.systems.adapters.lora:LoRA",
   "lpips": "t2i_jax.systems.perceptual.lpips:LPIPS",
   "ddpm": "t2i_jax.systems.diffusion.ddpm:DDPM",
   "clip": "t2i_jax.systems.text.clip:CLIP",
+  "noisy_classifier": "t2i_jax.systems.guides.noisy_classifier:NoisyClassifier",
   "pretrained_text": "t2i_jax.systems.text.pretrained:PretrainedText",
 }
 # Fields of a system or of its text conditioner that do not come from the config.

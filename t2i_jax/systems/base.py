@@ -139,10 +139,18 @@ class System(abc.ABC):
       static fields marked `pytree_node=False`; None without a sampler.
     ema_groups: the trained groups that an export needs, which EMA covers.
     reads_text: whether batches and exports have tokenizers.
+    text_of: the component whose text, tokenizers and sampling options the system has in place of
+      its config's; "" for none.
   """
 
   Options: ClassVar[type | None] = None
   reads_text: ClassVar[bool] = True
+  text_of: ClassVar[str] = ""
+
+  @property
+  def labels(self) -> tuple[tuple[str, int], ...]:
+    """(attribute, number of its values) pairs that `condition` reads as a batch's `label`."""
+    return ()
 
   @property
   @abc.abstractmethod
@@ -261,11 +269,21 @@ class TextEncoder(Protocol):
 
 @runtime_checkable
 class Guide(Protocol):
-  """A system whose log-probability steers another's sampler."""
+  """A system whose log-probability steers another's sampler.
+
+  Attributes:
+    process: of the noised pictures that it was trained on; the other's is to be the same.
+  """
+
+  process: Any
+
+  def read(self, variables: Variables, batch: Batch) -> dict[str, Array]:
+    """What it needs of prompts, for `Conditioning.extra`, from their `label` or `text`."""
 
   def log_prob(
     self, variables: Variables, x_t: Array, t: Array, conditioning: Conditioning
-  ) -> Array: ...
+  ) -> Array:
+    """Of noised pictures [B, ...] at times [B] of the process, [B]; the times may be fractional."""
 
 
 @runtime_checkable

@@ -1,0 +1,1 @@
+"""Systems whose log-probabilities steer the sampler of another."""
