@@ -7,9 +7,23 @@ so that the order is the same on 1, 2 or 64 hosts.
 
 import abc
 import dataclasses
+import hashlib
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
+
+# Rows whose captions are looked at to tell one data set from another.
+_DESCRIBED = 1024
+
+
+def digest_of(*parts: Any) -> str:
+  """A digest, in hexadecimal, of texts, bytes and whatever else says all of itself as a text."""
+  digest = hashlib.sha256()
+  for part in parts:
+    content = part if isinstance(part, bytes) else str(part).encode(errors="surrogatepass")
+    digest.update(b"%d:%b" % (len(content), content))
+  return digest.hexdigest()
 
 
 @dataclasses.dataclass
@@ -17,13 +31,13 @@ class Rows:
   """Some rows of a source, decoded.
 
   Attributes:
-    image: uint8 [n, R, R, 3], RGB.
+    image: uint8 [n, R, R, 3], RGB; None where something in `extra` takes its place.
     captions: n strings, one drawn for each row.
     extra: further arrays with leading axis n (`label`, `size`, `crop`...);
       each becomes a key of the batch.
   """
 
-  image: np.ndarray
+  image: np.ndarray | None
   captions: list[str]
   extra: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
@@ -55,6 +69,19 @@ class Source(abc.ABC):
     (seed, epoch, global row): caption choice and augmentation come from it
     and from nothing else.
     """
+
+  @abc.abstractmethod
+  def describe(self, indices: np.ndarray, draws: np.ndarray) -> Rows:
+    """As `fetch`, but for the pictures, which are not read or made: `image` is None."""
+
+  def digest(self) -> str:
+    """Which picture each row has, as far as can be told without reading pictures, in hexadecimal.
+
+    By default a digest of the first rows' captions.
+    """
+    count = _DESCRIBED if self.infinite else min(len(self), _DESCRIBED)
+    rows = self.describe(np.arange(count), np.zeros(count, np.uint64))
+    return digest_of(len(self), *rows.captions)
 
   @abc.abstractmethod
   def captions(self) -> Iterator[str]:
@@ -95,10 +122,14 @@ class FileSource(Source):
     return choices[int(draw) % len(choices)]
 
   def fetch(self, indices: np.ndarray, draws: np.ndarray) -> Rows:
+    images = np.stack([self.image(int(i)) for i in indices])
+    return dataclasses.replace(self.describe(indices, draws), image=images)
+
+  def describe(self, indices: np.ndarray, draws: np.ndarray) -> Rows:
     extras = [self.extra_of(int(i)) for i in indices]
     return Rows(
-      image=np.stack([self.image(int(i)) for i in indices]),
-      captions=[self.caption(int(i), d) for i, d in zip(indices, draws, strict=True)],
+      image=None,
+      captions=[self.caption(int(i), int(d)) for i, d in zip(indices, draws, strict=True)],
       extra={k: np.stack([e[k] for e in extras]) for k in extras[0]} if extras else {},
     )
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from t2i_jax.data.base import FileSource
+from t2i_jax.data.base import FileSource, digest_of
 from t2i_jax.data.emoji_font import find_font
 from t2i_jax.data.images import BadImage, resize_and_crop, to_rgb
 from t2i_jax.errors import UserError, unknown
@@ -160,6 +160,9 @@ class Emoji(FileSource):
       raise BadImage(self.emoji[index], str(error)) from error
     side = max(picture.size)
     return resize_and_crop(ImageOps.pad(picture, (side, side), color="white"), self.resolution)
+
+  def digest(self) -> str:
+    return digest_of(*self._pictures)
 
   def captions_of(self, index: int) -> tuple[str, ...]:
     """Row's names, one for each of the languages."""

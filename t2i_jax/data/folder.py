@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from t2i_jax.data.base import FileSource
+from t2i_jax.data.base import FileSource, digest_of
 from t2i_jax.data.caption_files import SPLITS, read_captions
 from t2i_jax.data.held_out import held_out
 from t2i_jax.data.images import BadImage, check_header, decode, size_and_crop
@@ -193,6 +193,18 @@ class Folder(FileSource):
         logging.warning("skipped %s", error)
       self._skip({file: error.reason})
       raise
+
+  def digest(self) -> str:
+    """Of the files' names and sizes."""
+
+    def size(file: str) -> int:
+      try:
+        return os.path.getsize(self._full(file))
+      except OSError:
+        return -1
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+      return digest_of(*self._files, *pool.map(size, self._files))
 
   def extra_of(self, index: int) -> dict[str, np.ndarray]:
     if not self._sizes:

@@ -6,6 +6,7 @@ consumed. So 1, 2 or 64 hosts see the same global batches, with 0 or 8 workers,
 and a run resumes exactly on another number of hosts.
 """
 
+import dataclasses
 import os
 from collections.abc import Callable, Iterator
 
@@ -118,18 +119,13 @@ def fetch_rows(source: Source, indices: np.ndarray, draws: np.ndarray) -> tuple[
         taken[n] = draws_at(attempt, draw[None])[0] % np.uint64(len(source))
     else:
       raise UserError(f"{_SUBSTITUTES} pictures in a row cannot be read, the last is {last}")
-  extras = [source.extra_of(int(i)) for i in taken]
-  return taken, Rows(
-    image=np.stack(images),
-    captions=[source.caption(int(i), int(d)) for i, d in zip(taken, draws, strict=True)],
-    extra={k: np.stack([e[k] for e in extras]) for k in extras[0]},
-  )
+  return taken, dataclasses.replace(source.describe(taken, draws), image=np.stack(images))
 
 
 def _batch(rows: Rows, indices: np.ndarray, read_text: ReadText) -> Batch:
   # An infinite source's positions may pass 2^31; `index` is an int32 on devices.
   return {
-    "image": rows.image,
+    **({} if rows.image is None else {"image": rows.image}),
     **read_text(rows.captions),
     "index": (indices % 2**31).astype(np.int32),
     **rows.extra,
@@ -184,9 +180,9 @@ def _through_grain(batches: _HostBatches, workers: int) -> Iterator:
 class Loader:
   """Endless iterator of this host's numpy batches.
 
-  A batch has `image` uint8 [b, R, R, 3], what `read_text` returns, `index` int32 [b]
-  and the source's further arrays, where b is how many of the global batch's B rows
-  this host reads.
+  A batch has `image` uint8 [b, R, R, 3] if the source gives pictures, what `read_text`
+  returns, `index` int32 [b] and the source's further arrays, where b is how many of
+  the global batch's B rows this host reads.
 
   Args:
     source: where rows come from; see `in_memory`.

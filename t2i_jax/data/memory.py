@@ -4,6 +4,7 @@ A gather from memory gives several hundred thousand pictures a second, decoding
 a few thousand: what fits is decoded once.
 """
 
+import dataclasses
 import itertools
 import logging
 import os
@@ -71,9 +72,12 @@ class InMemory(Source):
     return len(self._images)
 
   def fetch(self, indices: np.ndarray, draws: np.ndarray) -> Rows:
+    return dataclasses.replace(self.describe(indices, draws), image=self._images[indices])
+
+  def describe(self, indices: np.ndarray, draws: np.ndarray) -> Rows:
     choices = [self._captions[i] for i in indices]
     return Rows(
-      image=self._images[indices],
+      image=None,
       captions=[c[int(d) % len(c)] for c, d in zip(choices, draws, strict=True)],
       extra={k: v[indices] for k, v in self._extra.items()},
     )

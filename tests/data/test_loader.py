@@ -1,5 +1,6 @@
 """Order, hosts, resumption, memory, workers, prefetching and evaluation."""
 
+import dataclasses
 import threading
 import time
 
@@ -47,7 +48,10 @@ class Endless(Source):
 
   def fetch(self, indices, draws):
     image = np.broadcast_to(indices.astype(np.uint8)[:, None, None, None], (len(indices), 2, 2, 3))
-    return Rows(image=image, captions=[f"{i} {d % 7}" for i, d in zip(indices, draws, strict=True)])
+    return dataclasses.replace(self.describe(indices, draws), image=image)
+
+  def describe(self, indices, draws):
+    return Rows(image=None, captions=[f"{i} {d % 7}" for i, d in zip(indices, draws, strict=True)])
 
   def captions(self):
     return iter(())

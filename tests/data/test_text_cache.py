@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from t2i_jax.data import text_cache
+from t2i_jax.data import shards, text_cache
 from t2i_jax.data.text_cache import TextCache, Writer, digests
 from t2i_jax.errors import UserError
 
@@ -206,7 +206,7 @@ def test_a_damaged_shard_is_found_at_once_and_written_again(tmp_path, damage):
 def test_few_files_are_open_at_a_time(tmp_path, monkeypatch):
   captions = [f"a {n}" for n in range(120)]
   write(tmp_path / "cache", captions=captions)
-  monkeypatch.setattr(text_cache, "_files_allowed", lambda: 12)
+  monkeypatch.setattr(shards, "files_allowed", lambda: 12)
   cache = TextCache(tmp_path / "cache")
   before = len(os.listdir("/proc/self/fd"))
   for _ in range(2):

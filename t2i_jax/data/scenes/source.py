@@ -1,10 +1,11 @@
 """The scenes as a data set."""
 
+import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
 
-from t2i_jax.data.base import Rows, Source
+from t2i_jax.data.base import Rows, Source, digest_of
 from t2i_jax.data.scenes.grammar import LEVELS, Scene, caption, captions_of
 from t2i_jax.data.scenes.labels import labels_of
 from t2i_jax.data.scenes.render import mix, render
@@ -23,6 +24,7 @@ from t2i_jax.errors import UserError, unknown
 _EPOCH = 100_000  # rows that an infinite split calls an epoch
 _HELD_OUT_COUNTS = 2048  # distinct scenes of level "counts", which has too many to list
 _CAPTIONS = 20_000  # captions that a tokenizer is trained on
+_DIGESTED = 64  # scenes that tell one version of the data set from another
 _PICTURE_STREAM = 0x5CE4E5  # separates a row's layout from its scene
 
 
@@ -90,11 +92,21 @@ class Scenes(Source):
     scenes = self.scenes(indices)
     seed = mix(np.array([self.seed % 2**64], np.uint64), _PICTURE_STREAM)
     layouts = mix(seed ^ indices.astype(np.uint64), 1)
+    images = render(scenes, self.resolution, layouts)
+    return dataclasses.replace(self._described(scenes, draws), image=images)
+
+  def describe(self, indices: np.ndarray, draws: np.ndarray) -> Rows:
+    return self._described(self.scenes(indices), draws)
+
+  def _described(self, scenes: list[Scene], draws: np.ndarray) -> Rows:
     return Rows(
-      image=render(scenes, self.resolution, layouts),
+      image=None,
       captions=[caption(s, int(d)) for s, d in zip(scenes, draws, strict=True)],
       extra={"label": labels_of(scenes)} if self.labels else {},
     )
+
+  def digest(self) -> str:
+    return digest_of(self.seed, self.split, self.levels, self.scenes(np.arange(_DIGESTED)))
 
   def captions(self) -> Iterator[str]:
     random = Random(self.seed, _PICTURE_STREAM)
