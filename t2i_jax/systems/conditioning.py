@@ -23,7 +23,7 @@ from t2i_jax.text.tokenizer import TRAINERS, null_text
 GROUP = "text_encoder"
 NULL_GROUP = "null_text"
 TRAINED = ("transformer", "lstm", "bilstm")
-ENCODERS = (*TRAINED, "component")
+ENCODERS = (*TRAINED, "component", "none")
 POOLS = ("mean", "flatten")
 NULLS = ("empty", "zeros", "learned")
 # Of a null that is learned; small beside features of about one.
@@ -40,8 +40,8 @@ class TextConditioner:
   """Text to conditioning, with caption dropout for classifier-free guidance.
 
   Attributes:
-    encoder: "transformer", "lstm" or "bilstm", trained with the system; or "component", the
-      frozen systems of `config.components` that `encoders` names.
+    encoder: "transformer", "lstm" or "bilstm", trained with the system; "component", the frozen
+      systems of `config.components` that `encoders` names; or "none" for no text.
     tokenizer: of a trained encoder, trained on the captions: "bpe" or "sentencepiece".
     length, vocab_size, width, layers, heads, pool: of a trained encoder.
     encoders: components, "a+b" where the features of two are put side by side, and one entry
@@ -105,6 +105,11 @@ class TextConditioner:
         if value != default:
           raise UserError(f"text.{name}={value} is of frozen encoders, and text.encoder="
                           f"{self.encoder} is trained; set text.encoder=component")
+    if self.encoder == "none":
+      if self.null != "empty":
+        raise UserError(f"text.null={self.null} is of a text, and text.encoder=none has none; set "
+                        "text.null=empty")
+      return
     if not all(self.names) or not self.names or len(set(self.names)) != len(self.names):
       raise UserError(f"text.encoders={self.encoders}: name each encoder once")
     for name in self.pooled:
@@ -114,7 +119,7 @@ class TextConditioner:
   @property
   def names(self) -> tuple[str, ...]:
     """The encoders, in order."""
-    return encoder_names(self.encoders)
+    return () if self.encoder == "none" else encoder_names(self.encoders)
 
   @property
   def groups(self) -> tuple[str, ...]:
@@ -183,7 +188,9 @@ class TextConditioner:
     return self._combined(self.each(variables, batch, rng))
 
   def with_null(self, variables: Variables, batch: Batch) -> Conditioning:
-    """Conditioning that carries its own null, for guidance when sampling."""
+    """Conditioning that carries its own null, for guidance when sampling; none without a text."""
+    if not self.names:
+      return Conditioning()
     parts = self.each(variables, batch)
     rows = _rows(batch)
     null = self._combined({
@@ -261,6 +268,8 @@ class TextConditioner:
 
   def _combined(self, parts: Mapping[str, Conditioning]) -> Conditioning:
     """The parts put together as `encoders` and `pooled` say."""
+    if not parts:
+      return Conditioning()
     if len(parts) == 1:
       (part,) = parts.values()
       return part

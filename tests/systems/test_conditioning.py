@@ -302,3 +302,14 @@ def test_what_text_is_read_of_a_batch():
 def test_what_makes_no_conditioner_is_one_line(values, message):
   with pytest.raises(UserError, match=message):
     TextConditioner(**values)
+
+
+def test_without_a_text_there_is_nothing_to_condition_on():
+  text = TextConditioner("none")
+  assert text.names == text.groups == text.frozen_groups == () and text.batch_spec() == {}
+  batch = {"image": jnp.zeros((2, 4, 4, 3))}
+  assert text.init(jax.random.key(0), batch) == {}
+  for given in (text({}, batch, jax.random.key(0)), text.with_null({}, batch)):
+    assert jax.tree.leaves(given) == [] and given.null is None
+  with pytest.raises(UserError, match="text.encoder=none has none"):
+    TextConditioner("none", null="learned")
