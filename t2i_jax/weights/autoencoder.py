@@ -10,11 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from t2i_jax.errors import UserError
-from t2i_jax.weights.key_map import KeyMap, Layout, Rule, conv, dense, norm
+from t2i_jax.weights.key_map import KeyMap, Rule, convolution, dense, norm, pointwise
 from t2i_jax.weights.stored import Stored
 
-# A 1x1 convolution there, a Dense here.
-pointwise = Layout(lambda x: x[:, :, 0, 0].T, lambda x: x.T[:, :, None, None])
 SINGLE_FILE = "first_stage_model."  # how names begin in a file that holds a whole model
 _OURS = r"(encoder|decoder|quant_conv|post_quant_conv)\."
 # What else such files hold: losses and their networks, optimizers' averages, other models.
@@ -51,7 +49,7 @@ def diffusers_map(levels: int, old_attention: bool = False) -> KeyMap:
     ):
       rules += resnet(f"{ours}_{{j}}_block", f"{theirs}.resnets.{{j}}")
       rules += attention(f"{ours}_{{j}}_attention", f"{theirs}.attentions.{{j}}")
-      rules += _conv(f"{ours}_sample/conv", f"{theirs}.{sampler}.0.conv")
+      rules += convolution(f"{ours}_sample/conv", f"{theirs}.{sampler}.0.conv")
   return KeyMap(rules, [_OTHERS])
 
 
@@ -61,8 +59,7 @@ def single_file_map() -> KeyMap:
   attention = lambda ours, theirs: [  # noqa: E731
     *norm(f"{ours}/norm", f"{theirs}.norm"),
     *[rule for our, their in zip(_PROJECTIONS, ("q", "k", "v", "proj_out"), strict=True)
-      for rule in (Rule(f"{ours}/attention/{our}/kernel", f"{theirs}.{their}.weight", pointwise),
-                   Rule(f"{ours}/attention/{our}/bias", f"{theirs}.{their}.bias"))],
+      for rule in convolution(f"{ours}/attention/{our}", f"{theirs}.{their}", pointwise)],
   ]  # fmt: skip
   rules = _ends("norm_out")
   for side in ("encoder", "decoder"):
@@ -73,7 +70,7 @@ def single_file_map() -> KeyMap:
     ours, theirs = f"{side}/{way}_{{i}}", f"{side}.{way}.{{i}}"
     rules += resnet(f"{ours}_{{j}}_block", f"{theirs}.block.{{j}}")
     rules += attention(f"{ours}_{{j}}_attention", f"{theirs}.attn.{{j}}")
-    rules += _conv(f"{ours}_sample/conv", f"{theirs}.{way}sample.conv")
+    rules += convolution(f"{ours}_sample/conv", f"{theirs}.{way}sample.conv")
   return KeyMap(rules, [_OTHERS], [("", SINGLE_FILE)])
 
 
@@ -219,24 +216,21 @@ _DEFAULTS = {
 _PROJECTIONS = ("query", "key", "value", "out")
 
 
-def _conv(ours: str, theirs: str) -> list[Rule]:
-  return [Rule(f"{ours}/kernel", f"{theirs}.weight", conv), Rule(f"{ours}/bias", f"{theirs}.bias")]
-
-
 def _resblock(ours: str, theirs: str, skip: str) -> list[Rule]:
   return [
-    *norm(f"{ours}/norm_in", f"{theirs}.norm1"), *_conv(f"{ours}/conv_in", f"{theirs}.conv1"),
-    *norm(f"{ours}/norm_out", f"{theirs}.norm2"), *_conv(f"{ours}/conv_out", f"{theirs}.conv2"),
-    *_conv(f"{ours}/skip", f"{theirs}.{skip}"),
+    *norm(f"{ours}/norm_in", f"{theirs}.norm1"), *norm(f"{ours}/norm_out", f"{theirs}.norm2"),
+    *convolution(f"{ours}/conv_in", f"{theirs}.conv1"),
+    *convolution(f"{ours}/conv_out", f"{theirs}.conv2"),
+    *convolution(f"{ours}/skip", f"{theirs}.{skip}"),
   ]  # fmt: skip
 
 
 def _ends(last_norm: str) -> list[Rule]:
   """What is named alike on both sides."""
-  rules = _conv("encoder/pointwise", "quant_conv")
-  rules += _conv("decoder/pointwise", "post_quant_conv")
+  rules = convolution("encoder/pointwise", "quant_conv")
+  rules += convolution("decoder/pointwise", "post_quant_conv")
   for side in ("encoder", "decoder"):
-    rules += _conv(f"{side}/conv_in", f"{side}.conv_in")
+    rules += convolution(f"{side}/conv_in", f"{side}.conv_in")
     rules += norm(f"{side}/norm_out", f"{side}.{last_norm}")
-    rules += _conv(f"{side}/conv_out", f"{side}.conv_out")
+    rules += convolution(f"{side}/conv_out", f"{side}.conv_out")
   return rules

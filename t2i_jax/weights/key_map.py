@@ -38,6 +38,9 @@ linear = Layout(lambda x: x.T, lambda x: x.T)
 # PyTorch's convolutions have [out, in, (height,) width], Flax's [(height,) width, in, out].
 conv = Layout(lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1))
 conv_1d = Layout(lambda x: x.transpose(2, 1, 0), lambda x: x.transpose(2, 1, 0))
+# A convolution of size 1 there, of two axes or of one, and a Dense here.
+pointwise = Layout(lambda x: x[:, :, 0, 0].T, lambda x: x.T[:, :, None, None])
+pointwise_1d = Layout(lambda x: x[:, :, 0].T, lambda x: x.T[:, :, None])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +53,8 @@ class Rule:
     layout: how the numbers lie.
     part: (index, number) where theirs holds several of ours one behind the other along its first
       axis, such as the fused projections of an attention.
+    runs: equal stretches of that axis of which each holds all the parts so, such as the heads of an
+      attention.
     plus: template of another of their names, whose numbers are added; written as zeros.
   """
 
@@ -58,6 +63,7 @@ class Rule:
   layout: Layout = same
   part: tuple[int, int] = (0, 1)
   plus: str = ""
+  runs: int = 1
 
 
 def dense(ours: str, theirs: str, bias: bool = True) -> list[Rule]:
@@ -72,6 +78,12 @@ def norm(ours: str, theirs: str, bias: bool = True) -> list[Rule]:
   return rules + [Rule(f"{ours}/bias", f"{theirs}.bias")] * bias
 
 
+def convolution(ours: str, theirs: str, layout: Layout = conv) -> list[Rule]:
+  """Of a convolution and its bias; `pointwise` where ours is a Dense."""
+  kernel = Rule(f"{ours}/kernel", f"{theirs}.weight", layout)
+  return [kernel, Rule(f"{ours}/bias", f"{theirs}.bias")]
+
+
 @dataclasses.dataclass(frozen=True)
 class Place:
   """Where one of our arrays lies on the other side."""
@@ -80,6 +92,7 @@ class Place:
   layout: Layout
   part: tuple[int, int]
   plus: str = ""
+  runs: int = 1
 
 
 class KeyMap:
@@ -109,7 +122,7 @@ class KeyMap:
       if match := pattern.fullmatch(path):
         named = match.groupdict()
         return Place(
-          rule.theirs.format(**named), rule.layout, rule.part, rule.plus.format(**named)
+          rule.theirs.format(**named), rule.layout, rule.part, rule.plus.format(**named), rule.runs
         )
     raise LookupError(f"no rule for '{path}'")
 
@@ -148,7 +161,7 @@ class KeyMap:
     self._check(tensors, wanted, places, names, added, source, ignored)
     bad, arrays = [], []
     for path, leaf in wanted.items():
-      array = _part(tensors[names[path]].read(), places[path].part)
+      array = _part(tensors[names[path]].read(), places[path])
       if extra := added.get(path):
         array = array + tensors[extra].read()
       if not np.all(np.isfinite(array)):
@@ -168,15 +181,15 @@ class KeyMap:
       tree: of arrays.
       dtype: of the tensors; the arrays' own if None.
     """
-    grouped: dict[str, dict[int, tuple[Any, Layout]]] = {}
+    grouped: dict[str, dict[int, tuple[Any, Place]]] = {}
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     places = [self.place(_path(path)) for path, _ in leaves]
     for place, (_, leaf) in zip(places, leaves, strict=True):
-      grouped.setdefault(place.name, {})[place.part[0]] = (leaf, place.layout)
+      grouped.setdefault(place.name, {})[place.part[0]] = (leaf, place)
     tensors = {}
     for name, parts in grouped.items():
       ordered = [parts[i] for i in sorted(parts)]
-      shapes = [_their_shape(leaf.shape, layout) for leaf, layout in ordered]
+      shapes = [_their_shape(leaf.shape, place.layout) for leaf, place in ordered]
       shape = (sum(s[0] for s in shapes), *shapes[0][1:]) if len(shapes) > 1 else shapes[0]
       kind = np.dtype(dtype or ordered[0][0].dtype)
       tensors[name] = (shape, kind, _joined(ordered, kind))
@@ -252,18 +265,22 @@ def _their_shape(shape: tuple[int, ...], layout: Layout) -> tuple[int, ...]:
   return layout.theirs(np.broadcast_to(np.zeros((), np.int8), shape)).shape
 
 
-def _part(array: np.ndarray, part: tuple[int, int]) -> np.ndarray:
-  index, number = part
+def _part(array: np.ndarray, place: Place) -> np.ndarray:
+  index, number = place.part
   if number == 1:
     return array
-  size = len(array) // number
-  return array[index * size : (index + 1) * size]
+  rest = array.shape[1:]
+  return array.reshape(place.runs, number, -1, *rest)[:, index].reshape(-1, *rest)
 
 
-def _joined(ordered: list[tuple[Any, Layout]], dtype: np.dtype) -> Callable[[], np.ndarray]:
+def _joined(ordered: list[tuple[Any, Place]], dtype: np.dtype) -> Callable[[], np.ndarray]:
   def read() -> np.ndarray:
-    parts = [layout.theirs(np.asarray(leaf)) for leaf, layout in ordered]
-    return np.asarray(parts[0] if len(parts) == 1 else np.concatenate(parts), dtype)
+    parts = [place.layout.theirs(np.asarray(leaf)) for leaf, place in ordered]
+    if len(parts) == 1:
+      return np.asarray(parts[0], dtype)
+    rest = parts[0].shape[1:]
+    runs = [part.reshape(ordered[0][1].runs, -1, *rest) for part in parts]
+    return np.asarray(np.concatenate(runs, axis=1).reshape(-1, *rest), dtype)
 
   return read
 

@@ -72,6 +72,77 @@ def test_the_published_cifar10_network_has_its_parameters():
   assert count(shapes) == 35_746_307
 
 
+STABLE = dict(
+  channels=320, multipliers=(1, 2, 4, 4), blocks=2, attention="transformer",
+  attention_levels=(0, 1, 2), epsilon=1e-5, scale_shift=False, symmetric=True,
+)
+ADM = dict(
+  blocks=3, attention="block", head_channels=64, epsilon=1e-5, block_resample=True, classes=1000,
+  out_channels=6,
+)
+PUBLISHED = {
+  # Options; side and channels of the input; of the text; of the pooled text; parameters.
+  "Stable Diffusion 1": (dict(STABLE, heads=8), (64, 4), (77, 768), 0, 859_520_964),
+  "Stable Diffusion 2": (dict(STABLE, head_channels=64), (64, 4), (77, 1024), 0, 865_910_724),
+  "Stable Diffusion XL": (
+    dict(STABLE, multipliers=(1, 2, 4), attention_levels=(1, 2), depths=(0, 2, 10),
+         middle_depth=10, head_channels=64, pooled_mlp=True),
+    (128, 4), (77, 2048), 2816, 2_567_463_684,
+  ),
+  "latent diffusion, 1.4B": (dict(STABLE, heads=8), (32, 4), (77, 1280), 0, 872_300_484),
+  "ADM, 64 px": (
+    dict(ADM, channels=192, multipliers=(1, 2, 3, 4), attention_levels=(1, 2, 3)),
+    (64, 3), None, 0, 295_904_454,
+  ),
+  "ADM, 256 px": (
+    dict(ADM, channels=256, multipliers=(1, 1, 2, 2, 4, 4), attention_levels=(3, 4, 5), blocks=2),
+    (256, 3), None, 0, 553_838_086,
+  ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_networks_have_their_parameters(name):
+  options, (side, channels), text, pooled, expected = PUBLISHED[name]
+  network = UNet(**options)
+  shapes = shapes_of(
+    network, jnp.zeros((1, side, side, channels)), jnp.zeros(1),
+    context=None if text is None else jnp.zeros((1, *text)),
+    pooled=jnp.zeros((1, pooled)) if pooled else None,
+    label=jnp.zeros(1, jnp.int32) if network.classes else None,
+  )  # fmt: skip
+  assert count(shapes) == expected
+
+
+@pytest.mark.parametrize("attention", ["block", "transformer"])
+def test_recomputing_blocks_changes_no_gradient(attention):
+  # The middle and one block, for the sake of the compiler.
+  options = dict(
+    channels=8, multipliers=(1,), blocks=0, attention=attention, attention_levels=(), heads=2,
+    groups=4, dropout=0.1,
+  )
+  given = {name: inputs()[name] for name in ("x", "t", "context", "mask")}
+  kept, again = UNet(**options), UNet(**options, remat=True)
+  params = filled(shapes_of(kept, **given))
+  assert jax.tree.structure(params) == jax.tree.structure(shapes_of(again, **given))
+
+  def gradients(network):
+    def loss(params):
+      rngs = {"dropout": jax.random.key(3)}
+      return jnp.sum(jnp.square(network.apply(params, **given, train=True, rngs=rngs)))
+
+    return jax.grad(loss), str(jax.make_jaxpr(jax.grad(loss))(params))
+
+  (plain, program), (checkpointed, recomputing) = gradients(kept), gradients(again)
+  # jax.checkpoint's name in a program.
+  assert "checkpoint" in recomputing or "remat" in recomputing
+  assert "checkpoint" not in program and "remat" not in program
+  one, two = jax.jit(plain)(params), jax.jit(checkpointed)(params)
+  largest = max(jnp.abs(leaf).max() for leaf in jax.tree.leaves(one))
+  for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
+    np.testing.assert_allclose(x, y, atol=1e-5 * largest)
+
+
 def test_a_network_with_text_has_the_parameters_counted_by_hand():
   conv = lambda size, i, o: size**2 * i * o + o  # noqa: E731
   dense, norm = (lambda i, o: i * o + o), (lambda c: 2 * c)
