@@ -1,9 +1,11 @@
-"""What a run does every so often beside stepping: draw its prompts, measure held-out loss."""
+"""What a run does every so often beside stepping: pictures of its state, and held-out loss."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
@@ -12,7 +14,7 @@ from t2i_jax.data.base import Source
 from t2i_jax.data.loader import evaluation_batches, fetch_rows
 from t2i_jax.parallel.compiler_flags import compiler_options
 from t2i_jax.parallel.distributed import is_primary
-from t2i_jax.parallel.mesh import batch_sharding, host_rows, replicated
+from t2i_jax.parallel.mesh import batch_sharding, batch_shards, host_rows, replicated
 from t2i_jax.parallel.sharding import put
 from t2i_jax.pipeline import Pipeline
 from t2i_jax.systems import base
@@ -40,6 +42,49 @@ class DrawSamples:
     grid = prompt_grid(pictures, self._prompts)
     save_picture(self._workdir / "samples" / f"step_{step:08d}.png", grid)
     self._writers.images(step, "samples", np.asarray(grid))
+
+
+class DrawReconstructions:
+  """Pictures of a split, each beside what a first stage makes of its mean latents, in `samples/`.
+
+  Always the same pictures.
+  """
+
+  def __init__(self, system: System, source: Source, mesh: Mesh, count: int, every: int,
+               workdir: epath.Path, writers: Writers):
+    base.require(system, base.FirstStage, "drawing reconstructions")
+    self.every = every
+    self._source, self._mesh, self._count = source, mesh, count
+    self._workdir, self._writers = workdir, writers
+
+    def reconstruct(variables, images):
+      moments = system.encode(variables, base.normalize_images(images))
+      return system.decode(variables, jnp.split(moments, 2, axis=-1)[0])
+
+    self._reconstruct = jax.jit(
+      reconstruct, out_shardings=replicated(mesh),
+      compiler_options=compiler_options(mesh.devices.flat[0].platform),
+    )
+
+  def __call__(self, step: int, state: State) -> None:
+    shards = batch_shards(self._mesh)
+    indices = np.arange(-(-self._count // shards) * shards) % len(self._source)
+    rows = fetch_rows(self._source, indices, np.zeros(len(indices), np.uint64))[1]
+    sharding = batch_sharding(self._mesh)
+    images = jax.make_array_from_callback(
+      rows.image.shape, sharding, lambda index: rows.image[index]
+    )
+    made = np.asarray(self._reconstruct(state.variables(ema=True), images))
+    if not is_primary():
+      return
+    made = np.clip(np.round((made + 1.0) * 127.5), 0, 255).astype(np.uint8)
+    pairs = np.stack([rows.image, made], axis=1)[: self._count]
+    texts = [text for caption in rows.captions[: self._count]
+             for text in (caption, "as reconstructed")]
+    columns = 2 * math.ceil(math.sqrt(self._count / 2))
+    grid = prompt_grid(pairs.reshape(-1, *pairs.shape[2:]), texts, columns)
+    save_picture(self._workdir / "samples" / f"step_{step:08d}.png", grid)
+    self._writers.images(step, "reconstructions", np.asarray(grid))
 
 
 class HeldOutLoss:

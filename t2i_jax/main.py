@@ -15,7 +15,7 @@ from t2i_jax.data.loader import Loader
 from t2i_jax.data.prefetch import Prefetcher
 from t2i_jax.errors import UserError
 from t2i_jax.evaluate import check_judged, score, table
-from t2i_jax.hooks import DrawSamples, HeldOutLoss, default_prompts
+from t2i_jax.hooks import DrawReconstructions, DrawSamples, HeldOutLoss, default_prompts
 from t2i_jax.parallel.distributed import agree_any, is_primary
 from t2i_jax.parallel.flops import peak_flops
 from t2i_jax.parallel.mesh import batch_sharding, batch_shards, check_batch, host_rows, make_mesh
@@ -219,6 +219,11 @@ def _hooks(
       ))
   every = steps_of(config.sample.every, "sample.every")
   if pipeline is None:
+    if every and isinstance(system, base.FirstStage):
+      hooks.append(DrawReconstructions(
+        system, _held_out(config, source, system), mesh, config.sample.count, every, workdir,
+        writers,
+      ))
     return hooks
   options = config.sample.options.to_dict()
   if _is_scored(config, system):
@@ -226,7 +231,9 @@ def _hooks(
   if every or _is_scored(config, system):
     pipeline.check(run.plan.abstract_state.variables(ema=True), **options)
   if every:
-    prompts = list(config.sample.prompts) or _held_out_prompts(config, source, system)
+    prompts = list(config.sample.prompts) or default_prompts(
+      _held_out(config, source, system), config.sample.count
+    )
     for line in pipeline.truncated(prompts):
       _say(f"warning: {line}")
     hooks.append(DrawSamples(
@@ -235,15 +242,14 @@ def _hooks(
   return hooks
 
 
-def _held_out_prompts(config, source, system) -> list[str]:
-  """Captions of the first held-out split that has any, else of the training set."""
+def _held_out(config, source, system):
+  """The first held-out split that there is, else the training set."""
   for split in assembly.held_out_splits(config):
     try:
-      source = assembly.open_data(config, split, assembly.resolution_of(system))
-      break
+      return assembly.open_data(config, split, assembly.resolution_of(system))
     except UserError as error:
-      _say(f"warning: the sample prompts are training captions: {error}")
-  return default_prompts(source, config.sample.count)
+      _say(f"warning: samples are of the training split: {error}")
+  return source
 
 
 def _compile(compiled: CompiledStep, run: Run, batch: Any) -> float:

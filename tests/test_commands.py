@@ -195,7 +195,7 @@ def test_a_small_folder_without_a_test_split_trains(tmp_path, capfd):
              f"--config.data.options.path={folder}", "--config.train.duration=1",
              "--config.evaluate.every=0"])
   err = capfd.readouterr().err
-  assert "warning: the sample prompts are training captions: no pictures in split 'test'" in err
+  assert "warning: samples are of the training split: no pictures in split 'test'" in err
   assert (tmp_path / "run" / "skipped_train.txt").read_text() == "gone.png\tno such file\n"
   assert (tmp_path / "run" / "samples" / "step_00000001.png").exists()
 

@@ -84,22 +84,37 @@ def test_the_docstring_gives_the_command_the_result_and_the_sizes(path):
     assert f'"{size}"' in text.split('"""')[1], f"size {size} is not in the docstring"
 
 
+# Configs whose systems are built on others, by what takes their place here.
+COMPONENTS = {"kl_autoencoder": {"perceptual": "feature_net"}}
+
+
+def built(stem, size):
+  """A config's system on its components, the shapes of all its variables, and a batch."""
+  config = configs.load_config(f"{ROOT / 'configs' / stem}.py:size={size}")
+  parts = {name: built(other, "tiny") for name, other in COMPONENTS.get(stem, {}).items()}
+  system = assembly.build_system(config, {name: part[0] for name, part in parts.items()})
+  frozen = base.merge(*(
+    {kind: {name: groups} for kind, groups in variables.items()}
+    for name, (_, variables, _) in parts.items()
+  ))  # fmt: skip
+  batch = assembly.abstract_batch(system, 2)
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  return system, base.merge(jax.eval_shape(system.init, key, batch, frozen), frozen), batch
+
+
 @functools.cache
 def module_classes(path, size):
   """The Linen classes that initialisation and every player's loss call, by tracing alone."""
-  config = configs.load_config(f"{path}:size={size}")
-  system = assembly.build_system(config)
   seen = set()
 
   def note(call, args, kwargs, context):
     seen.add(type(context.module).__name__)
     return call(*args, **kwargs)
 
-  batch = assembly.abstract_batch(system, 2)
   key = jax.eval_shape(lambda: jax.random.key(0))
   step = jax.ShapeDtypeStruct((), "int32")
   with nn.intercept_methods(note):
-    variables = base.merge(jax.eval_shape(system.init, key, batch, {}))
+    system, variables, batch = built(path.stem, size)
     for player in system.players:
       jax.eval_shape(player.loss, variables, batch, key, step)
   return seen

@@ -108,3 +108,43 @@ def test_scores_are_of_the_captions_and_collapse_with_others():
   assert found["pictures"] == 40 and 30 < found["captions"] <= 40
   text = evaluate.table("held_out_pairs", found)
   assert "100.0%" in text and f"40 pictures of {found['captions']} captions (steps=4;" in text
+
+
+class Negative:
+  """A first stage of which pictures come back with their values reversed, and 0.5 darker."""
+
+  scale, shift = 1.0, 0.0
+
+  def encode(self, variables, images):
+    return jnp.concatenate([images, jnp.ones_like(images)], axis=-1)
+
+  def decode(self, variables, latents):
+    return variables["sign"] * latents - 0.5
+
+  def latent_shape(self, resolution):
+    return resolution, resolution, 3
+
+
+def test_reconstructions_are_of_the_average_beside_the_same_pictures(toy, tmp_path, monkeypatch):
+  _, source, _, _ = toy
+  seen = []
+  monkeypatch.setattr(hooks, "prompt_grid", lambda images, texts, columns: seen.append(
+    (images, texts, columns)) or np.zeros((4, 4, 3), np.uint8))
+  mesh = make_mesh({"data": -1}, jax.devices())
+
+  class Averaged:
+    def variables(self, ema):
+      return {"sign": -1.0 if ema else 1.0}
+
+  draw = hooks.DrawReconstructions(Negative(), source, mesh, 3, 1, epath.Path(tmp_path), Writers())
+  for step in (1, 2):
+    draw(step, Averaged())
+  images, texts, columns = seen[0]
+  np.testing.assert_array_equal(images, seen[1][0])
+  rows = source.fetch(np.arange(3), np.zeros(3, np.uint64))
+  np.testing.assert_array_equal(images[::2], rows.image)
+  expected = np.clip(np.round((-(rows.image / 127.5 - 1) + 0.5) * 127.5), 0, 255)
+  np.testing.assert_allclose(images[1::2], expected, atol=1)
+  assert texts[::2] == rows.captions and set(texts[1::2]) == {"as reconstructed"}
+  assert columns % 2 == 0
+  assert (tmp_path / "samples" / "step_00000002.png").exists()
