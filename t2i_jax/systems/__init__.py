@@ -21,6 +21,7 @@ SYSTEMS = {
   "ddpm": "t2i_jax.systems.diffusion.ddpm:DDPM",
   "clip": "t2i_jax.systems.text.clip:CLIP",
   "noisy_classifier": "t2i_jax.systems.guides.noisy_classifier:NoisyClassifier",
+  "semantic_guidance": "t2i_jax.systems.guides.semantic_guidance:SemanticGuidance",
   "pretrained_text": "t2i_jax.systems.text.pretrained:PretrainedText",
 }
 # Fields of a system or of its text conditioner that do not come from the config.

@@ -278,7 +278,11 @@ class Guide(Protocol):
   process: Any
 
   def read(self, variables: Variables, batch: Batch) -> dict[str, Array]:
-    """What it needs of prompts, for `Conditioning.extra`, from their `label` or `text`."""
+    """What it needs of prompts, for `Conditioning.extra`.
+
+    `batch` has their `label`, as far as they have `labels`, and, of guides that read text, `ids`
+    and `mask` by the guide's own tokenizer as `text`.
+    """
 
   def log_prob(
     self, variables: Variables, x_t: Array, t: Array, conditioning: Conditioning

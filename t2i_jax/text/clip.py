@@ -309,13 +309,14 @@ class CLIP(nn.Module):
 
   def embed_images(self, images: Array) -> Array:
     """images [B, R, R, 3] -> unit vectors [B, P], float32."""
-    return _unit(self.vision(images)[1])
+    return unit(self.vision(images)[1])
 
   def embed_text(self, ids: Array, mask: Array | None = None) -> Array:
     """ids int [B, L], mask bool [B, L] -> unit vectors [B, P], float32."""
-    return _unit(self.text(ids, mask)[1])
+    return unit(self.text(ids, mask)[1])
 
 
-def _unit(x: Array) -> Array:
+def unit(x: Array) -> Array:
+  """Vectors [B, P] of length 1, float32."""
   x = x.astype(jnp.float32)
   return x / jnp.linalg.norm(x, axis=-1, keepdims=True)

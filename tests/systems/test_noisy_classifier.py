@@ -11,7 +11,8 @@ from t2i_jax.errors import UserError
 from t2i_jax.systems import base
 from t2i_jax.systems.base import Conditioning
 from t2i_jax.systems.conditioning import TextConditioner
-from t2i_jax.systems.guides.noisy_classifier import NoisyClassifier, spread_times
+from t2i_jax.systems.guides.noisy_classifier import NoisyClassifier
+from t2i_jax.systems.guides.times import spread_times
 
 SYSTEM = NoisyClassifier(
   TextConditioner(), 8, (("colour", 3), ("size", 2)), "cosine", 50, channels=8, multipliers=(1,),

@@ -18,10 +18,10 @@ from t2i_jax.networks.encoder_unet import POOLS, EncoderUNet
 from t2i_jax.systems import base
 from t2i_jax.systems.base import Array, Aux, Batch, Conditioning, Field, Player, Variables
 from t2i_jax.systems.conditioning import TextConditioner
+from t2i_jax.systems.guides.times import by_quarter, spread_times
 
 CLASSIFIER = "classifier"
 UNSAID = -1  # a label that is not known, or not wanted
-QUARTERS = 4  # of the time, of which accuracies are reported one by one
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -111,12 +111,8 @@ class NoisyClassifier(base.System):
   def loss(self, variables: Variables, batch: Batch, rng: Array, step: Array):
     """The sum of the attributes' cross-entropies; labels that are unsaid count nothing."""
     terms, u = self._terms(variables, batch, rng, train=True)
-    quarter = jnp.minimum((QUARTERS * u).astype(jnp.int32), QUARTERS - 1)
     values = {name: jnp.mean(value) for name, value in terms.items()}
-    for i in range(QUARTERS):
-      rows = quarter == i
-      right = jnp.sum(terms["accuracy/all"] * rows) / jnp.maximum(jnp.sum(rows), 1)
-      values[f"accuracy/time_{i + 1}_of_{QUARTERS}"] = right
+    values |= by_quarter("accuracy", terms["accuracy/all"], u)
     return values["cross_entropy"], Aux(values)
 
   def evaluation_loss(self, variables: Variables, batch: Batch, rng: Array) -> dict[str, Array]:
@@ -127,7 +123,7 @@ class NoisyClassifier(base.System):
     return self._terms(variables, batch, rng, train=False)[0]
 
   def read(self, variables: Variables, batch: Batch) -> dict[str, Array]:
-    """The labels of a batch of prompts."""
+    """The labels of prompts."""
     return {"label": batch["label"]}
 
   def log_prob(
@@ -180,8 +176,3 @@ class NoisyClassifier(base.System):
       log_p = jnp.take_along_axis(jax.nn.log_softmax(row), chosen, axis=-1)[:, 0]
       costs.append(jnp.where(label == UNSAID, 0.0, -log_p))
     return costs
-
-
-def spread_times(rng: Array, rows: int) -> Array:
-  """Uniform in [0, 1), one a row, as evenly as they can lie (Kingma et al. 2021, appendix I.1)."""
-  return (jax.random.uniform(rng) + jnp.arange(rows) / rows) % 1.0
