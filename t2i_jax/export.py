@@ -11,6 +11,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Mapping
@@ -26,6 +27,7 @@ from t2i_jax import config as configs
 from t2i_jax import systems
 from t2i_jax.errors import UserError
 from t2i_jax.text.tokenizer import Tokenizers
+from t2i_jax.weights.stored import Stored
 
 CONFIG, VARIABLES, TOKENIZER, CARD = (
   "config.json", "variables.safetensors", "tokenizer.json", "README.md"
@@ -70,7 +72,8 @@ def write(
     path: the folder.
     config: of the run.
     step: of the training.
-    variables: of all groups that sampling needs; arrays on the host.
+    variables: of all groups that sampling needs; arrays on the host, or `Stored`s, which are
+      read one at a time.
     tokenizers: of the prompts.
     components: what builds the frozen systems among them, as in `Export`.
     ema: whether the parameters are moving averages.
@@ -81,7 +84,7 @@ def write(
   """
   import shutil
 
-  from safetensors.numpy import save_file
+  from t2i_jax.weights.safetensors_file import write_safetensors
 
   path = located(path)
   check_replaceable(path)
@@ -92,8 +95,8 @@ def write(
   try:
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
-    flat = {k: np.ascontiguousarray(v) for k, v in flatten(variables).items()}
-    save_file(flat, beside / VARIABLES)
+    flat = flatten(variables)
+    write_safetensors(beside / VARIABLES, {name: _stored(leaf) for name, leaf in flat.items()})
     (beside / TOKENIZER).write_text(tokenizers.to_json(), encoding="utf-8")
     (beside / CARD).write_text(model_card(config, step, flat, ema, notes), encoding="utf-8")
     about = {
@@ -117,11 +120,20 @@ def write(
       shutil.rmtree(old, ignore_errors=True)
     else:
       beside.rename(path)
-  except OSError as error:
+  except (OSError, UserError) as error:
     shutil.rmtree(beside.parent if remote else beside, ignore_errors=True)
+    if isinstance(error, UserError):
+      raise
     raise UserError(f"cannot write the export {path}: {error.strerror or error}; "
                     "free space there or choose another folder") from error
   return path
+
+
+def _stored(leaf: Any) -> Stored:
+  if isinstance(leaf, Stored):
+    return leaf
+  array = np.asarray(leaf)
+  return Stored(array.shape, array.dtype, lambda: array)
 
 
 def located(path: str | os.PathLike) -> epath.Path:
@@ -240,7 +252,7 @@ def model_card(
   config: ConfigDict, step: int, flat: Mapping[str, Any], ema: bool, notes: str
 ) -> str:
   """The export's README."""
-  parameters = sum(v.size for k, v in flat.items() if k.startswith("params/"))
+  parameters = sum(math.prod(v.shape) for k, v in flat.items() if k.startswith("params/"))
   if config.system == "pretrained_text":
     model = config.model
     return f"""# A text encoder of kind {model.kind}, converted

@@ -8,6 +8,7 @@ on both sides. The first rule whose template fits is the one.
 import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -95,6 +96,31 @@ class Place:
   runs: int = 1
 
 
+@dataclasses.dataclass(frozen=True)
+class _Found:
+  """One of our arrays on the other side: its place there, and its shape and type here."""
+
+  name: str
+  tensor: Stored
+  extra: Stored | None
+  place: Place
+  shape: tuple[int, ...]
+  dtype: np.dtype
+
+  def raw(self) -> np.ndarray:
+    """In our layout and their type."""
+    array = _part(self.tensor.read(), self.place)
+    if self.extra is not None:
+      array = array + self.extra.read()
+    return self.place.layout.ours(array)
+
+  def checked(self, source: str) -> np.ndarray:
+    array = self.raw()
+    if not np.all(np.isfinite(array)):
+      raise _not_finite(source, [self.name])
+    return np.asarray(array, self.dtype, order="C")
+
+
 class KeyMap:
   """The rules of one architecture.
 
@@ -154,25 +180,37 @@ class KeyMap:
       UserError: tensors are missing, of another shape, unexpected, or hold what is no number; the
         names are listed.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(abstract)
-    wanted = {_path(path): leaf for path, leaf in leaves}
-    places = {path: self.place(path) for path in wanted}
-    names, added = self._names(tensors, places)
-    self._check(tensors, wanted, places, names, added, source, ignored)
     bad, arrays = [], []
-    for path, leaf in wanted.items():
-      array = _part(tensors[names[path]].read(), places[path])
-      if extra := added.get(path):
-        array = array + tensors[extra].read()
+    for path, found in self._found(tensors, abstract, source, dtype, ignored).items():
+      array = found.raw()
       if not np.all(np.isfinite(array)):
-        bad.append(names[path])
-      array = places[path].layout.ours(array)
-      kind = array.dtype if dtype is STORED else dtype or leaf.dtype
-      arrays.append(put(path, np.asarray(array, kind, order="C")))
+        bad.append(found.name)
+      arrays.append(put(path, np.asarray(array, found.dtype, order="C")))
       del array
     if bad:
-      raise UserError(f"{source} holds NaN or infinity in {_listed(bad)}; take another copy of it")
+      raise _not_finite(source, bad)
     return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(abstract), arrays)
+
+  def stored(
+    self,
+    tensors: Mapping[str, Stored],
+    abstract: Any,
+    *,
+    source: str,
+    dtype: Any = None,
+    ignored: Sequence[str] = (),
+  ) -> Any:
+    """Like `load`, but a tree of `Stored`s in our layout, whose numbers are read when asked for.
+
+    Raises:
+      UserError: as `load`; of numbers that are none, when they are read.
+    """
+
+    found = self._found(tensors, abstract, source, dtype, ignored)
+    structure = jax.tree_util.tree_structure(abstract)
+    return jax.tree_util.tree_unflatten(structure, [
+      Stored(one.shape, one.dtype, partial(one.checked, source)) for one in found.values()
+    ])
 
   def save(self, tree: Any, dtype: Any = None) -> dict[str, tuple]:
     """The other side's tensors of our tree, for `write_safetensors`, which asks for one at a time.
@@ -198,6 +236,23 @@ class KeyMap:
         shape, kind, _ = tensors[place.name]
         tensors[place.plus] = (shape, kind, lambda s=shape, k=kind: np.zeros(s, k))
     return tensors
+
+  def _found(
+    self, tensors: Mapping[str, Stored], abstract: Any, source: str, dtype: Any,
+    ignored: Sequence[str],
+  ) -> dict[str, "_Found"]:
+    """Where each of our arrays is, by its path; raises as `load` for what does not fit."""
+    leaves = jax.tree_util.tree_leaves_with_path(abstract)
+    wanted = {_path(path): leaf for path, leaf in leaves}
+    places = {path: self.place(path) for path in wanted}
+    names, added = self._names(tensors, places)
+    self._check(tensors, wanted, places, names, added, source, ignored)
+    found = {}
+    for path, leaf in wanted.items():
+      tensor, extra = tensors[names[path]], tensors.get(added.get(path, ""))
+      kind = tensor.dtype if dtype is STORED else np.dtype(dtype or leaf.dtype)
+      found[path] = _Found(names[path], tensor, extra, places[path], tuple(leaf.shape), kind)
+    return found
 
   def _names(
     self, tensors: Mapping[str, Stored], places: Mapping[str, Place]
@@ -263,6 +318,10 @@ def _path(path: tuple) -> str:
 def _their_shape(shape: tuple[int, ...], layout: Layout) -> tuple[int, ...]:
   """Without making the array: a view of one number."""
   return layout.theirs(np.broadcast_to(np.zeros((), np.int8), shape)).shape
+
+
+def _not_finite(source: str, names: Sequence[str]) -> UserError:
+  return UserError(f"{source} holds NaN or infinity in {_listed(names)}; take another copy of it")
 
 
 def _part(array: np.ndarray, place: Place) -> np.ndarray:

@@ -142,3 +142,41 @@ def test_no_more_than_one_tensor_beside_the_model(tmp_path):
   key_map.load(open_weights(path), ours, source="a", put=lambda path, array: kept.append(None))
   assert tracemalloc.get_traced_memory()[1] < 3.5 * size
   tracemalloc.stop()
+
+
+def test_tensors_are_read_when_they_are_asked_for():
+  """A tree of what is in the file, each array read by itself, again at each time."""
+  file, asked = saved(), []
+  watched = {
+    name: Stored(t.shape, t.dtype, lambda name=name, t=t: asked.append(name) or t.read())
+    for name, t in file.items()
+  }
+  found = MAP.stored(watched, abstract(), source="it", dtype=np.float16)
+  assert asked == []
+  ours = tree()
+  assert jax.tree.all(jax.tree.map(lambda x, y: x.shape == y.shape, found, ours))
+  read = jax.tree.map(lambda x: x.read(), found)
+  assert set(asked) == set(file)
+  assert jax.tree.all(jax.tree.map(
+    lambda x, y: x.dtype == np.float16 and np.array_equal(x, y.astype(np.float16)), read, ours
+  ))
+  broken = MAP.stored(saved(**{"scale": np.float32([np.nan])[0]}), abstract(), source="it")
+  with pytest.raises(UserError, match=r"it holds NaN or infinity in \(1\) scale"):
+    broken["scale"].read()
+  with pytest.raises(UserError, match="missing .* tok.weight"):
+    MAP.stored(saved(**{"tok.weight": None}), abstract(), source="it")
+
+
+def test_the_parts_of_each_head_lie_together():
+  """Three heads of two channels: queries, keys and values of the first, of the second..."""
+  rules = [Rule(name, "qkv", part=(i, 3), runs=3) for i, name in enumerate(("q", "k", "v"))]
+  names = KeyMap(rules)
+  fused = np.arange(18)
+  file = {"qkv": Stored((18,), fused.dtype, lambda: fused)}
+  shapes = {name: jax.ShapeDtypeStruct((6,), fused.dtype) for name in ("q", "k", "v")}
+  found = names.load(file, shapes, source="it")
+  assert found["q"].tolist() == [0, 1, 6, 7, 12, 13]
+  assert found["k"].tolist() == [2, 3, 8, 9, 14, 15]
+  assert found["v"].tolist() == [4, 5, 10, 11, 16, 17]
+  shape, _, read = names.save(found)["qkv"]
+  assert shape == (18,) and read().tolist() == fused.tolist()
