@@ -31,7 +31,9 @@ def inputs():
   return jnp.asarray(random.normal(size=(2, 8, 8, 3)), jnp.float32), jnp.array([3, 40])
 
 
-# Of guided-diffusion's EncoderUNetModel, and of its UNetModel below.
+# Of guided-diffusion's EncoderUNetModel, and of its UNetModel below. With random weights, read
+# through `weights.unet_single_file.classifier_map`, the former's logits (three levels, both orders
+# of the fused projections) are ours within 1.2e-6 of the largest, whatever the pool.
 @pytest.mark.parametrize(
   "side, changes, parameters",
   [
