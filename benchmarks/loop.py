@@ -15,7 +15,7 @@ import time
 import jax
 from etils import epath
 
-from t2i_jax import assembly, command
+from t2i_jax import assembly, caches, command
 from t2i_jax import config as configs
 from t2i_jax.data.loader import Loader
 from t2i_jax.data.prefetch import Prefetcher
@@ -45,7 +45,7 @@ def main():
   )
   tokenizers = assembly.make_tokenizer(config, source)
   loader = Loader(
-    source, assembly.ReadText(tokenizers), size, config.seed, host_rows(size, mesh)
+    source, caches.ReadText(tokenizers), size, config.seed, host_rows(size, mesh)
   )
   place = lambda batch: put(batch, batch_sharding(mesh))  # noqa: E731
   with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:

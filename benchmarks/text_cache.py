@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from t2i_jax import command, convert, data, main, precompute
+from t2i_jax import command, convert, data, main, precompute_text
 from t2i_jax import config as configs
 from t2i_jax.text import t5
 from t2i_jax.text.tokenizer import train_tokenizer
@@ -46,7 +46,7 @@ def run():
     lines = {"encoder": train(flags, folder, "encoder")}
     for dtype in flags.dtype.split(","):
       started = time.perf_counter()
-      precompute.write_features(
+      precompute_text.write_features(
         config_of(flags, folder), str(folder / f"{dtype}_cache"), ("train",), dtype
       )
       print(f"{dtype} cache written in {time.perf_counter() - started:.0f} s")

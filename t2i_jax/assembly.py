@@ -17,7 +17,6 @@ from ml_collections import ConfigDict
 from t2i_jax import config as configs
 from t2i_jax import data, systems
 from t2i_jax.data.base import Source
-from t2i_jax.data.text_cache import TextCache
 from t2i_jax.errors import UserError, unknown
 from t2i_jax.parallel.distributed import broadcast_bytes, is_primary
 from t2i_jax.systems.base import Field, System
@@ -30,8 +29,8 @@ CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 # Keys that a run may change when it is resumed; all others make it another run.
 FREE_SECTIONS = ("mesh", "sharding", "checkpoint", "log", "sample", "evaluate")
 FREE_KEYS = (
-  "train.duration", "data.workers", "data.memory_limit_mb", "data.prefetch", "text.cache", "resume",
-  "init_from",
+  "train.duration", "data.workers", "data.memory_limit_mb", "data.prefetch", "data.latents",
+  "text.cache", "resume", "init_from",
 )
 
 
@@ -46,10 +45,10 @@ def compute_dtype(config: ConfigDict) -> Any:
 
 def build_system(
   config: ConfigDict, components: Mapping[str, System] | None = None,
-  cached_null: Mapping[str, Any] | None = None,
+  **cached: Any,
 ) -> System:
   """The system of a config, in the config's precision; arguments as of `systems.build`."""
-  return systems.build(config, components, compute_dtype(config), cached_null)
+  return systems.build(config, components, compute_dtype(config), **cached)
 
 
 @dataclasses.dataclass
@@ -186,8 +185,9 @@ def held_out_splits(config: ConfigDict) -> tuple[str, ...]:
 
 
 def resolution_of(system: System) -> int:
-  """Side of the pictures that a system trains on."""
-  return system.batch_spec()["image"].shape[0]
+  """Side of the pictures that a system trains on, or whose latents it does."""
+  image = system.batch_spec().get("image")
+  return system.resolution if image is None else image.shape[0]
 
 
 def make_tokenizer(config: ConfigDict, source: Source) -> Tokenizers:
@@ -268,25 +268,6 @@ def truncated_captions(
   return lines
 
 
-def open_text_cache(config: ConfigDict, components: Components) -> TextCache | None:
-  """The cache of `config.text.cache`, if it names one; its encoders then rest.
-
-  Raises:
-    UserError: for one that is not whole, or that other encoders made.
-  """
-  if not config.text.cache:
-    return None
-  names = encoder_names(config.text.encoders)
-  cache = TextCache(config.text.cache, names)
-  for name in names:
-    if name not in components.about:
-      raise UserError(f"text.cache={config.text.cache} is trained on, and pictures of prompts are "
-                      f"drawn with the encoder: set components.{name}=PATH of its export")
-  cache.check({name: components.about[name]["fingerprint"] for name in names})
-  components.resting = names
-  return cache
-
-
 @contextlib.contextmanager
 def naming_differences(config: ConfigDict, theirs: ConfigDict) -> Iterator[None]:
   """Adds to a UserError what the config's `model` and `text` have otherwise than another's."""
@@ -315,24 +296,6 @@ def abstract_batch(system: System, rows: int) -> dict[str, Any]:
     name: jax.ShapeDtypeStruct((rows, *field.shape), field.dtype)
     for name, field in system.batch_spec().items()
   })
-
-
-@dataclasses.dataclass(frozen=True)
-class ReadText:
-  """Turns captions into a batch's `text`, or, with a cache, its `text_embedding`."""
-
-  tokenizers: Tokenizers
-  cache: TextCache | None = None
-
-  def __call__(self, captions: list[str]) -> dict[str, Any]:
-    if self.cache is not None:
-      return {"text_embedding": self.cache.lookup(captions)}
-    return {"text": self.tokenizers.encode(captions)}
-
-  def check(self, source: Source, name: str) -> None:
-    """Raises UserError where the cache lacks a caption of the data set of that name."""
-    if self.cache is not None:
-      self.cache.check_captions(source.every_caption(), name)
 
 
 def check_batch_spec(system: System, batch: Mapping[str, Any], where: str) -> None:

@@ -55,6 +55,7 @@ def shared_sections() -> ConfigDict:
       "data": {
         "name": "scenes",
         "options": {},  # The data set's own, see its class.
+        "latents": "",  # Folder of `precompute latents`, trained on in place of pictures.
         "workers": 0,  # Processes that decode, for sets that memory does not hold.
         "memory_limit_mb": 2048,  # Sets up to this size are kept decoded in memory.
         "prefetch": 2,  # Batches moved to the devices ahead of time.

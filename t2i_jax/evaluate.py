@@ -7,7 +7,7 @@ import time
 import numpy as np
 from etils import epath
 
-from t2i_jax import assembly, command, data
+from t2i_jax import assembly, caches, command, data
 from t2i_jax.errors import UserError, unknown
 
 MEASURES = ("score", "loss")
@@ -116,7 +116,7 @@ def held_out_loss(pipeline, split: str, batch_size: int) -> dict[str, float]:
   shards = batch_shards(pipeline.mesh)
   size = -(-batch_size // shards) * shards
   measure = HeldOutLoss(
-    pipeline.system, source, assembly.ReadText(pipeline.tokenizers), pipeline.mesh, size, 64,
+    pipeline.system, source, caches.ReadText(pipeline.tokenizers), pipeline.mesh, size, 64,
     0, split, None,
   )
   return measure.measure(pipeline.variables)

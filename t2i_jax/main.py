@@ -9,7 +9,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from t2i_jax import assembly, command, data, export, systems
+from t2i_jax import assembly, caches, command, data, export, systems
 from t2i_jax import config as configs
 from t2i_jax.data.loader import Loader
 from t2i_jax.data.prefetch import Prefetcher
@@ -89,14 +89,21 @@ def train(config: ConfigDict, workdir: str, tensorboard: bool = False) -> loop.S
 
 def _train(config, workdir, mesh, rows, tensorboard, started) -> loop.State:
   components = assembly.load_components(config, workdir)
-  cache = assembly.open_text_cache(config, components)
-  system = assembly.build_system(config, components.systems, cache and cache.null())
-  source = assembly.open_data(
-    config, assembly.training_split(config), assembly.resolution_of(system),
+  cache = caches.open_text_cache(config, components)
+  latents = caches.open_latents(config, components)
+  system = assembly.build_system(
+    config, components.systems, cached_null=cache and cache.null(),
+    cached_latent=latents and latents.field, latent_statistics=latents and latents.statistics,
+  )
+  source = caches.open_split(
+    config, assembly.training_split(config), system, latents,
     None if "://" in str(workdir) else str(workdir),
   )
+  if latents is not None:
+    _say(f"training on the latents in {config.data.latents}: an epoch is its {len(source)} pictures"
+         f"{', the first of an endless data set' if source.was_infinite else ''}")
   tokenizers = assembly.run_tokenizers(config, workdir, source, components.tokenizers)
-  read_text = assembly.ReadText(tokenizers, cache)
+  read_text = caches.ReadText(tokenizers, cache)
   read_text.check(source, f"{config.data.name}, {assembly.training_split(config)}")
   loader = Loader(
     source, read_text, config.train.batch_size, config.seed, rows, config.data.workers
@@ -123,7 +130,7 @@ def _train(config, workdir, mesh, rows, tensorboard, started) -> loop.State:
       if isinstance(system, base.Sampler):
         pipeline = Pipeline(system, tokenizers, mesh, config=config, resting=run.resting)
       hooks = _hooks(
-        config, system, source, read_text, pipeline, mesh, workdir, writers, run, steps_of
+        config, system, source, latents, read_text, pipeline, mesh, workdir, writers, run, steps_of
       )
       flops = 0.0
       if run.step < total:
@@ -204,14 +211,14 @@ def _durations(config: ConfigDict, epoch_size: int | None):
 
 
 def _hooks(
-  config, system, source, read_text, pipeline, mesh, workdir, writers, run: Run, steps_of
+  config, system, source, latents, read_text, pipeline, mesh, workdir, writers, run: Run, steps_of
 ) -> list[loop.Hook]:
   """What the run does beside stepping; what is wrong with it is found now, not hours later."""
   hooks: list[loop.Hook] = []
   every = steps_of(config.evaluate.every, "evaluate.every")
   if every:
     for split in assembly.held_out_splits(config):
-      held_out = assembly.open_data(config, split, assembly.resolution_of(system))
+      held_out = caches.open_split(config, split, system, latents)
       read_text.check(held_out, f"{config.data.name}, {split}")
       hooks.append(HeldOutLoss(
         system, held_out, read_text, mesh, config.train.batch_size,

@@ -1,177 +1,84 @@
-"""`python -m t2i_jax.precompute text`: what frozen text encoders make of a data set's captions."""
+"""`python -m t2i_jax.precompute text|latents`: what frozen systems make of a data set, once."""
 
-import sys
-import time
-from collections.abc import Callable, Iterator
-from typing import Any
-
-import jax
-import jax.numpy as jnp
-import numpy as np
-from ml_collections import ConfigDict
-
-from t2i_jax import assembly, command, data, systems
+from t2i_jax import command, precompute_latents, precompute_text
 from t2i_jax import config as configs
-from t2i_jax.data.text_cache import DTYPES, Features, Fields, Writer
-from t2i_jax.errors import UserError, unknown
-from t2i_jax.parallel.compiler_flags import compiler_options
-from t2i_jax.parallel.mesh import batch_sharding, batch_shards, make_mesh, replicated
-from t2i_jax.parallel.sharding import parse_rules, place, put, shardings
-from t2i_jax.systems.conditioning import encoder_names
-from t2i_jax.text.tokenizer import Tokenizers
-from t2i_jax.training.writers import say
+from t2i_jax.caches import FIRST_STAGE
+from t2i_jax.data import shards, text_cache
+from t2i_jax.errors import UserError
 
-WHAT = ("text",)
+# Types of what is stored, the default first.
+DTYPES = {
+  "text": tuple(text_cache.DTYPES),
+  "latents": ("float16", *(name for name in shards.DTYPES if name != "float16")),
+}
 
 
 def main(argv: list[str] | None = None) -> None:
   """The command; see `--help`."""
   parser = command.parser(
     "t2i_jax.precompute",
-    "Encodes every caption of a config's data set once, with the frozen text encoders that the\n"
-    "config names, so that training reads features in place of encoding, and holds no encoder on\n"
-    "its devices: add --config.text.cache=DIR to the training command. Stopped, it goes on where\n"
-    "it was when the same command is given again; on several hosts each writes its own shards.",
+    "text: encodes every caption of a config's data set once, with the frozen text encoders that\n"
+    "the config names, so that training reads features in place of encoding, and holds no encoder\n"
+    "on its devices: add --config.text.cache=DIR to the training command.\n"
+    "latents: encodes every picture once, with the frozen first stage that the config names, so\n"
+    "that training reads latents in place of pictures: add --config.data.latents=DIR.\n"
+    "Stopped, it goes on where it was when the same command is given again; on several hosts each\n"
+    "writes its own shards.",
     "python -m t2i_jax.precompute text --config=configs/ddpm.py:dataset=folder "
     "--config.data.options.path=PICTURES --config.text.encoder=component "
     "--config.components.text_encoder=clip-l --output=cache",
+    "python -m t2i_jax.precompute latents --config=CONFIG --config.components.first_stage=EXPORT "
+    "--rows=50000 --output=latents",
   )
-  parser.add_argument("what", metavar="|".join(WHAT))
+  parser.add_argument("what", metavar="|".join(DTYPES))
   parser.add_argument("--config", required=True, metavar="FILE.py[:KEY=VALUE,...]",
                       help="the config of the training, with --config.KEY=VALUE as there")
   parser.add_argument("--output", required=True, help="the folder of the cache")
   parser.add_argument("--split", action="append", default=[],
-                      help="a split whose captions to encode; may be repeated; all by default")
-  parser.add_argument("--dtype", default="bfloat16", metavar="|".join(DTYPES),
-                      help="type of the stored features (bfloat16)")
-  parser.add_argument("--shard-size", type=int, default=1024, help="captions a file (1024)")
-  parser.add_argument("--batch-size", type=int, default=64, help="captions encoded at a time (64)")
+                      help="a split to encode; may be repeated; all by default")
+  parser.add_argument("--dtype", metavar="|".join(shards.DTYPES),
+                      help="type of what is stored (bfloat16 for text, float16 for latents)")
+  parser.add_argument("--shard-size", type=int, default=1024,
+                      help="captions or pictures a file (1024)")
+  parser.add_argument("--batch-size", type=int, default=64,
+                      help="captions or pictures encoded at a time (64)")
+  parser.add_argument("--rows", type=int,
+                      help="latents: how many rows to store of a split that is made on the fly")
+  parser.add_argument("--flips", action="store_true",
+                      help="latents: store training pictures mirrored too, and train on either; "
+                           "not where captions say left and right")
   settings, rest = command.split_settings(argv)
   command.run(parser, rest, lambda flags: _precompute(flags, settings))
 
 
 def _precompute(flags, settings) -> None:
-  configs.choose("what to precompute", flags.what, dict.fromkeys(WHAT))
-  configs.choose("--dtype", flags.dtype, DTYPES)
-  for name in ("shard_size", "batch_size"):
-    if getattr(flags, name) < 1:
-      raise UserError(f"--{name.replace('_', '-')}={getattr(flags, name)}: use 1 or more")
+  configs.choose("what to precompute", flags.what, DTYPES)
+  dtype = flags.dtype or DTYPES[flags.what][0]
+  configs.choose("--dtype", dtype, dict.fromkeys(DTYPES[flags.what]))
+  for name in ("shard_size", "batch_size", "rows"):
+    value = getattr(flags, name)
+    if value is not None and value < 1:
+      raise UserError(f"--{name.replace('_', '-')}={value}: use 1 or more")
   config = configs.load_config(flags.config, command.overrides(settings))
+  common = (tuple(flags.split), dtype, flags.shard_size, flags.batch_size)
+  if flags.what == "text":
+    _check_text(flags, config)
+    command.set_up_jax()
+    precompute_text.write_features(config, flags.output, *common)
+    return
+  if FIRST_STAGE not in config.components:
+    raise UserError(f"latents are of a first stage: set --config.components.{FIRST_STAGE}=EXPORT")
+  command.set_up_jax()
+  precompute_latents.write_latents(config, flags.output, *common, flags.rows, flags.flips)
+
+
+def _check_text(flags, config) -> None:
   if config.text.encoder != "component":
     raise UserError(f"text.encoder={config.text.encoder} is trained, so its features change; set "
                     "--config.text.encoder=component and --config.components.text_encoder=EXPORT")
-  command.set_up_jax()
-  write_features(
-    config, flags.output, tuple(flags.split), flags.dtype, flags.shard_size, flags.batch_size
-  )
-
-
-def write_features(
-  config: ConfigDict, output: str, splits: tuple[str, ...] = (), dtype: str = "bfloat16",
-  shard_size: int = 1024, batch_size: int = 64,
-) -> None:
-  """Writes the cache, or what is missing of it; arguments as the command's.
-
-  Raises:
-    UserError: for whatever the user can mend.
-  """
-  from tqdm import tqdm
-
-  config = config.copy_and_resolve_references()
-  config.resume = ""  # whose copy of the encoders is for training to take
-  components = assembly.load_components(config)
-  names = encoder_names(config.text.encoders)
-  # Every host encodes by itself, with its own devices: none waits for another.
-  mesh = make_mesh({"fsdp": -1}, jax.local_devices())
-  tokenizers = assembly.component_tokenizers(config, components.tokenizers)
-  encode, fields = _encoder(config, components, tokenizers, mesh, batch_size, DTYPES[dtype])
-  captions = list(_captions(config, splits))
-  for line in assembly.truncated_captions(config, tokenizers, captions):
-    say(f"warning: {line}")
-  about = {
-    "frozen": config.precision.frozen, "compute": jnp.dtype(assembly.compute_dtype(config)).name
-  }
-  writer = Writer(
-    output, captions,
-    {name: {"fingerprint": components.about[name]["fingerprint"], **about} for name in names},
-    fields, dtype, shard_size, jax.process_index(), jax.process_count(),
-  )
-  missing = writer.missing()
-  total = sum(len(writer.captions(shard)) for shard in missing)
-  size = len(writer) * writer.bytes_a_caption
-  say(f"{len(writer)} captions of {writer.bytes_a_caption / 2**10:.3g} KiB, {size / 2**30:.3g} GiB "
-      f"in all, in {output}; {total} are left to encode here. Stopped, the same command goes on.")
-  with tqdm(total=total, unit="caption", mininterval=1 if sys.stderr.isatty() else 30) as bar:
-    for shard in missing:
-      writer.write(shard, encode(writer.captions(shard), bar.update))
-  while jax.process_count() > 1 and writer.missing(of_all=True):
-    time.sleep(5)  # A process that ends takes the others with it.
-  writer.close()
-  if jax.process_index() == 0:
-    print(f"{len(writer)} captions in {output}, {total} of them encoded now; train on them with "
-          f"--config.text.cache={output}")
-
-
-def _captions(config: ConfigDict, splits: tuple[str, ...]) -> Iterator[str]:
-  there = data.splits(config.data.name)
-  for split in splits:
-    if split not in there:
-      raise unknown(f"split of data set '{config.data.name}'", split, there)
-  for split in splits or there:
-    # Pictures are not looked at, so their size does not matter.
-    source = data.open_source(
-      config.data.name, split, config.model.get("resolution", 64), config.seed,
-      config.data.options.to_dict(),
-    )
-    yield from source.every_caption()
-
-
-def _encoder(
-  config: ConfigDict, components: assembly.Components, tokenizers: Tokenizers, mesh: Any,
-  batch_size: int, dtype: np.dtype,
-) -> tuple[Callable[[list[str], Callable[[int], Any]], Features], Fields]:
-  """A function of captions and a progress bar to features, and what it makes of one caption."""
-  text = systems.build_text(config, components.systems, assembly.compute_dtype(config))
-  params = place(
-    components.variables, shardings(components.variables, parse_rules(config.sharding.rules), mesh)
-  )
-  shards = batch_shards(mesh)
-  size = -(-batch_size // shards) * shards
-
-  def features(variables, given):
-    return {
-      name: {
-        field: value if value.dtype == bool else value.astype(dtype)
-        for field in ("sequence", "mask", "pooled")
-        if (value := getattr(part, field)) is not None
-      }
-      for name, part in text.each(variables, {"text": given}).items()
-    }
-
-  compiled = jax.jit(
-    features, out_shardings=replicated(mesh),
-    compiler_options=compiler_options(mesh.devices.flat[0].platform),
-  )
-
-  def encode(captions, progress):
-    found = []
-    for start in range(0, len(captions), size):
-      part = captions[start : start + size]
-      given = tokenizers.encode(part + [""] * (size - len(part)))
-      with jax.set_mesh(mesh):
-        found.append(compiled(params, put(given, batch_sharding(mesh))))
-      if len(found) > 1:  # read while the devices are at the next
-        found[-2] = jax.device_get(found[-2])
-      progress(len(part))
-    found = jax.device_get(found)
-    return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(captions)], *found)
-
-  one = jax.eval_shape(features, params, tokenizers.encode([""]))
-  kind = lambda x: "bool" if x.dtype == bool else "float"  # noqa: E731
-  return encode, {
-    name: {field: (x.shape[1:], kind(x)) for field, x in fields.items()}
-    for name, fields in one.items()
-  }
+  for name, given in (("rows", flags.rows is not None), ("flips", flags.flips)):
+    if given:
+      raise UserError(f"--{name} is of latents; leave it out")
 
 
 if __name__ == "__main__":

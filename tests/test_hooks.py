@@ -9,7 +9,7 @@ from etils import epath
 from runs import TOY, config_of
 from toy import Toy
 
-from t2i_jax import assembly, evaluate, hooks
+from t2i_jax import assembly, caches, evaluate, hooks
 from t2i_jax.parallel.mesh import make_mesh
 from t2i_jax.training import state as states
 
@@ -66,7 +66,7 @@ def test_the_held_out_loss_is_of_the_average_and_the_same_rows(toy):
   writers = Writers()
   mesh = make_mesh({}, jax.devices()[:1])
   measure = hooks.HeldOutLoss(
-    system, source, assembly.ReadText(tokenizers), mesh, 8, 2, 1, "pairs", writers
+    system, source, caches.ReadText(tokenizers), mesh, 8, 2, 1, "pairs", writers
   )
   with jax.set_mesh(mesh):
     measure(1, state)

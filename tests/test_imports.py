@@ -25,8 +25,9 @@ LAYERS = (
   ("text", "diffusion", "metrics", "data"),
   ("systems", "weights"),
   ("training",),
-  ("recipe", "assembly", "export", "restore", "pipeline", "hooks", "command"),
-  ("main", "sample", "evaluate", "convert", "convert_perceptual", "precompute", "plan"),
+  ("recipe", "assembly", "caches", "export", "restore", "pipeline", "hooks", "command"),
+  ("main", "sample", "evaluate", "convert", "convert_perceptual", "precompute", "precompute_text",
+   "precompute_latents", "plan"),
 )
 # What a folder must not know, beyond its layer.
 APART = {

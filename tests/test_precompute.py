@@ -11,7 +11,7 @@ import pytest
 from runs import ROOT, TOY, assert_same_bits, command, config_of, finish, metrics, train_on
 
 import t2i_jax
-from t2i_jax import export, precompute
+from t2i_jax import export, precompute, precompute_text
 from t2i_jax.data.text_cache import TextCache
 from t2i_jax.errors import UserError
 
@@ -41,7 +41,7 @@ def two(tmp_path_factory):
 def cache(one, tmp_path_factory):
   """Of the toy's captions, in float32."""
   path = tmp_path_factory.mktemp("cache") / "cache"
-  precompute.write_features(config(one), str(path), dtype="float32")
+  precompute_text.write_features(config(one), str(path), dtype="float32")
   return path
 
 
@@ -64,7 +64,7 @@ def test_the_same_run_without_the_encoder(one, cache, tmp_path):
 def test_the_same_for_diffusion_on_two_encoders(two, tmp_path):
   settings = dict(path=DDPM, duration=2, text__drop=0.5, text__drop_each=0.5, sample__every=0)
   path = tmp_path / "cache"
-  precompute.write_features(config(two, **settings), str(path), ("train",), "float32", 4096)
+  precompute_text.write_features(config(two, **settings), str(path), ("train",), "float32", 4096)
   there = train_on(config(two, **settings), tmp_path / "encoder")
   here = train_on(config(two, text__cache=path, **settings), tmp_path / "run")
   jax.tree.map(
@@ -88,7 +88,7 @@ def test_the_same_for_diffusion_on_two_encoders(two, tmp_path):
 
 
 def test_bfloat16_is_near(one, tmp_path):
-  precompute.write_features(config(one), str(tmp_path / "cache"))
+  precompute_text.write_features(config(one), str(tmp_path / "cache"))
   index = json.loads((tmp_path / "cache" / "index.json").read_text())
   assert index["dtype"] == "bfloat16" and index["captions"] > 30_000
   settings = dict(evaluate__every=0, sample__every=0)
@@ -135,7 +135,7 @@ def test_a_stale_cache_is_refused_by_name(one, two, cache, tmp_path):
     train_on(config({}, **settings), tmp_path / "none")
   assert not (tmp_path / "encoder" / "config.json").exists()
   # One that the held-out loss would read, found before training.
-  precompute.write_features(config(one), str(tmp_path / "some"), ("train",))
+  precompute_text.write_features(config(one), str(tmp_path / "some"), ("train",))
   with pytest.raises(UserError, match=r"captions of scenes, held_out_combinations, such as"):
     train_on(config(one, text__cache=tmp_path / "some"), tmp_path / "held_out")
   TextCache(cache)

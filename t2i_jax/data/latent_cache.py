@@ -267,6 +267,9 @@ class LatentSource(Source):
   Rows without a picture are left out. An infinite data set becomes one of the rows that are
   stored. Which variant of a row is taken follows from its draw.
 
+  Attributes:
+    was_infinite: whether the data set is.
+
   Args:
     source: the split.
     cache: of it.
@@ -274,7 +277,7 @@ class LatentSource(Source):
 
   def __init__(self, source: Source, cache: LatentCache):
     self._source, self._cache = source, cache
-    self.resolution = source.resolution
+    self.resolution, self.was_infinite = source.resolution, source.infinite
     if source.weights is not None:
       weights = source.weights[cache.rows]
       self.weights = weights / weights.sum()

@@ -25,7 +25,7 @@ SYSTEMS = {
   "pretrained_text": "t2i_jax.systems.text.pretrained:PretrainedText",
 }
 # Fields of a system or of its text conditioner that do not come from the config.
-_BUILT = ("text", "dtype", "components", "cached_null")
+_BUILT = ("text", "dtype", "components", "cached_null", "cached_latent", "latent_statistics")
 
 
 def load(name: str) -> type:
@@ -51,7 +51,8 @@ def default_sections(name: str) -> dict[str, ConfigDict]:
 
 def build(
   config: Mapping[str, Any], components: Mapping[str, Any] | None = None, dtype: Any = jnp.float32,
-  cached_null: Mapping[str, Any] | None = None,
+  cached_null: Mapping[str, Any] | None = None, cached_latent: base.Field | None = None,
+  latent_statistics: tuple[float, float] | None = None,
 ) -> base.System:
   """The system of a config.
 
@@ -60,6 +61,8 @@ def build(
     components: systems of `config.components`, by name.
     dtype: type of the computation.
     cached_null: of the `TextConditioner`, where batches bring features.
+    cached_latent: what batches bring in place of pictures, where they do.
+    latent_statistics: mean and standard deviation of those latents.
 
   Raises:
     UserError: for an unknown system or key, or values that make no system.
@@ -71,8 +74,15 @@ def build(
   for name in text.frozen_groups:
     components.pop(name)
   built: dict[str, Any] = {"text": text, "dtype": dtype}
+  fields = {field.name for field in dataclasses.fields(cls)}
+  if cached_latent is not None:
+    if "cached_latent" not in fields:
+      raise UserError(f"system {config['system']} models no latents; leave data.latents out")
+    built["cached_latent"] = cached_latent
+    if "latent_statistics" in fields:
+      built["latent_statistics"] = latent_statistics
   if components:
-    if "components" not in {field.name for field in dataclasses.fields(cls)}:
+    if "components" not in fields:
       raise UserError(f"system {config['system']} takes no component '{sorted(components)[0]}'; "
                       "text encoders are those that text.encoders names, with "
                       "text.encoder=component")
