@@ -21,7 +21,7 @@ from t2i_jax.errors import UserError, unknown
 from t2i_jax.parallel.distributed import broadcast_bytes, is_primary
 from t2i_jax.systems.base import Field, System
 from t2i_jax.systems.conditioning import GROUP, encoder_names
-from t2i_jax.text.tokenizer import Tokenizer, Tokenizers, train_tokenizer
+from t2i_jax.text.tokenizer import Tokenizers, train_tokenizer
 
 # What a run's work directory holds of it, beside checkpoints, metrics and samples.
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
@@ -62,7 +62,7 @@ class Components:
     about: what builds them again, and which they are:
       `{name: {"config", "components", "step", "fingerprint"}}`, nested.
     held_by: the checkpoint directory of the run that stored them, or None.
-    tokenizers: of those that have one, where they were read from their exports.
+    tokenizers: of their prompts, where they were read from their exports.
     resting: names of those that training does not compute with; they stay off the devices.
   """
 
@@ -70,7 +70,7 @@ class Components:
   variables: dict[str, dict[str, Any]]
   about: dict[str, Any]
   held_by: epath.Path | None = None
-  tokenizers: dict[str, Tokenizer] = dataclasses.field(default_factory=dict)
+  tokenizers: dict[str, Tokenizers] = dataclasses.field(default_factory=dict)
   resting: tuple[str, ...] = ()
 
 
@@ -130,8 +130,7 @@ def load_components(config: ConfigDict, workdir: epath.Path | None = None) -> Co
   for name, path in config.components.items():
     exported = export.read(path)
     found.systems[name] = build_with(exported.config, exported.components)
-    if GROUP in exported.tokenizers.of:
-      found.tokenizers[name] = exported.tokenizers.of[GROUP]
+    found.tokenizers[name] = exported.tokenizers
     found.about[name] = {"config": exported.config.to_dict(), "components": exported.components,
                          "step": exported.step, "fingerprint": export.fingerprint(path)}
     for kind, groups in exported.variables.items():
@@ -201,7 +200,7 @@ def make_tokenizer(config: ConfigDict, source: Source) -> Tokenizers:
 
 
 def run_tokenizers(
-  config: ConfigDict, workdir: epath.Path, source: Source, given: Mapping[str, Tokenizer]
+  config: ConfigDict, workdir: epath.Path, source: Source, given: Mapping[str, Tokenizers]
 ) -> Tokenizers:
   """The run's tokenizers: its own, those of `resume`, of frozen text encoders or of `init_from`.
 
@@ -220,9 +219,12 @@ def run_tokenizers(
     return Tokenizers({})
   if (workdir / CONFIG).exists():
     return Tokenizers.load(workdir / TOKENIZER)
-  if config.text.encoder == "component":
+  text_of = systems.load(config.system).text_of
+  if text_of or config.text.encoder == "component":
     if config.resume:
       return Tokenizers.load(epath.Path(config.resume) / TOKENIZER)
+    if text_of:
+      return given[text_of]
     return component_tokenizers(config, given)
   if config.resume:
     key, tokenizers = "resume", Tokenizers.load(epath.Path(config.resume) / TOKENIZER)
@@ -248,9 +250,29 @@ def run_tokenizers(
   return tokenizers
 
 
-def component_tokenizers(config: ConfigDict, given: Mapping[str, Tokenizer]) -> Tokenizers:
+def component_tokenizers(config: ConfigDict, given: Mapping[str, Tokenizers]) -> Tokenizers:
   """The tokenizers of `text.encoders`, out of those that components have."""
-  return Tokenizers({name: given[name] for name in encoder_names(config.text.encoders)})
+  return Tokenizers({name: given[name].of[GROUP] for name in encoder_names(config.text.encoders)})
+
+
+def take_sampling_options(config: ConfigDict, components: Components) -> None:
+  """Gives the config of a system that samples as a component does that one's sampling options.
+
+  Those that the config has by itself stay, in the type that they have there.
+
+  Raises:
+    UserError: for an option that the component does not have.
+  """
+  text_of = systems.load(config.system).text_of
+  if text_of not in components.about:
+    return
+  options = dict(components.about[text_of]["config"]["sample"]["options"])
+  for name, value in config.sample.options.items():
+    if name not in options:
+      raise unknown(f"sampling option of components.{text_of}", name, options)
+    options[name] = configs.typed(f"config key sample.options.{name}", str(value), options[name])
+  with config.unlocked():
+    config.sample.options = ConfigDict(options)
 
 
 def truncated_captions(

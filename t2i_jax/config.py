@@ -10,7 +10,7 @@ import importlib.util
 import json
 import math
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -148,8 +148,9 @@ def load_config(spec: str, overrides: Mapping[str, str] | None = None) -> Config
     there = [str(p) for p in folder.glob("*.py")] if folder.is_dir() else []
     raise UserError(f"no config file at '{path}'{nearest(path, there)}")
   config = _run_file(path, arg or None)
+  free = () if config.sample.options else ("sample.options",)  # those of a component
   for key, text in (overrides or {}).items():
-    override(config, key, text)
+    override(config, key, text, free)
   check_ranges(config)
   return config
 
@@ -186,12 +187,15 @@ def check_ranges(config: ConfigDict) -> None:
       raise UserError(f"config key {key}={value} is out of range; set {limit}")
 
 
-def override(config: ConfigDict, key: str, text: str) -> None:
-  """Sets `config.<key>` from the command line's text, keeping its type."""
+def override(config: ConfigDict, key: str, text: str, free: Sequence[str] = ()) -> None:
+  """Sets `config.<key>` from the command line's text, keeping its type.
+
+  In sections that are `free` any key is new, and takes any literal.
+  """
   flat = flatten(config)
   if key not in flat and not _is_section(config, key):
     section = key.rpartition(".")[0]
-    if section == "components" or section.startswith("players."):
+    if section == "components" or section.startswith("players.") or section in free:
       with config.unlocked():
         _set_free(config, key, text)
       return
@@ -226,7 +230,7 @@ def _is_section(config: ConfigDict, key: str) -> bool:
 
 
 def _set_free(config: ConfigDict, key: str, text: str) -> None:
-  """Sets a key of a section whose keys are the user's: a component or a player's option."""
+  """Sets a key of a section whose keys are the user's: a component, a player's option..."""
   *parents, last = key.split(".")
   if parents[0] == "players":
     if len(parents) != 2:
@@ -236,8 +240,10 @@ def _set_free(config: ConfigDict, key: str, text: str) -> None:
     if parents[1] not in config.players:
       config.players[parents[1]] = ConfigDict()
     config.players[parents[1]][last] = _parsed(key, text, config.optimizer[last])
-  else:
+  elif parents[0] == "components":
     config.components[last] = text
+  else:
+    config[parents[0]][parents[1]][last] = _literal(text)
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
