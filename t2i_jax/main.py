@@ -89,6 +89,7 @@ def train(config: ConfigDict, workdir: str, tensorboard: bool = False) -> loop.S
 
 def _train(config, workdir, mesh, rows, tensorboard, started) -> loop.State:
   components = assembly.load_components(config, workdir)
+  assembly.take_sampling_options(config, components)
   cache = caches.open_text_cache(config, components)
   latents = caches.open_latents(config, components)
   system = assembly.build_system(
