@@ -6,7 +6,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="the reference needs torch: install t2i_jax[parity]")
 
 from t2i_jax import assembly, export  # noqa: E402
-from t2i_jax.convert_perceptual import from_lpips  # noqa: E402
+from t2i_jax.conversion.perceptual import from_lpips  # noqa: E402
 from t2i_jax.errors import UserError  # noqa: E402
 from t2i_jax.weights.perceptual import VGG16_FILE, WEIGHTS_FILE  # noqa: E402
 

@@ -1,7 +1,7 @@
 """LPIPS: pictures compared in the features of VGG16, by weights that people's judgements taught.
 
 Zhang, Isola, Efros, Shechtman and Wang 2018, section 3 ("lin", on VGG), whose
-files are public; `t2i_jax.convert_perceptual` makes an export of them.
+files are public; `t2i_jax.conversion.perceptual` makes an export of them.
 """
 
 import dataclasses
