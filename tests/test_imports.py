@@ -25,8 +25,8 @@ LAYERS = (
   ("text", "diffusion", "metrics", "data"),
   ("systems", "weights"),
   ("training",),
-  ("recipe", "assembly", "caches", "export", "restore", "pipeline", "hooks", "command"),
-  ("main", "sample", "evaluate", "convert", "convert_perceptual", "precompute", "precompute_text",
+  ("recipe", "assembly", "guiding", "caches", "export", "restore", "pipeline", "hooks", "command"),
+  ("main", "sample", "evaluate", "convert", "conversion", "precompute", "precompute_text",
    "precompute_latents", "plan"),
 )
 # What a folder must not know, beyond its layer.
