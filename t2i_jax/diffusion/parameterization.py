@@ -1,6 +1,6 @@
 """What the network's output means, and how it becomes a prediction of x_0 and noise.
 
-For variance-preserving processes, alpha^2 + sigma^2 = 1, which `V` relies on.
+All hold for any alpha and sigma, and all but `Epsilon` where alpha is 0.
 """
 
 import dataclasses
@@ -33,9 +33,19 @@ class Parameterization(Protocol):
   def error_scale(self, alpha: Array, sigma: Array) -> Array:
     """|output error| / |x_0 error|: changes a weight on one into one on the other."""
 
+  def input_scale(self, alpha: Array, sigma: Array) -> Array:
+    """What x_t is multiplied by before the network sees it."""
 
-class Epsilon:
-  """The noise (Ho et al. 2020, section 3.2)."""
+
+class Unscaled:
+  """The network sees x_t as it is."""
+
+  def input_scale(self, alpha, sigma):
+    return 1.0 + 0.0 * alpha
+
+
+class Epsilon(Unscaled):
+  """The noise (Ho et al. 2020, section 3.2); says nothing of x_0 where alpha is 0."""
 
   def target(self, x_0, noise, alpha, sigma):
     return noise
@@ -47,7 +57,7 @@ class Epsilon:
     return alpha / sigma
 
 
-class X0:
+class X0(Unscaled):
   """The clean picture (Ho et al. 2020, section 3.2; Ramesh et al. 2022, 2.2)."""
 
   def target(self, x_0, noise, alpha, sigma):
@@ -60,17 +70,34 @@ class X0:
     return 1.0 + 0.0 * alpha
 
 
-class V:
+class V(Unscaled):
   """alpha noise - sigma x_0 (Salimans and Ho 2022, section 4 and appendix D)."""
 
   def target(self, x_0, noise, alpha, sigma):
     return alpha * noise - sigma * x_0
 
   def predict(self, x_t, output, alpha, sigma):
-    return Prediction(alpha * x_t - sigma * output, sigma * x_t + alpha * output)
+    size = alpha**2 + sigma**2  # 1 of a process that preserves variance
+    return Prediction(
+      (alpha * x_t - sigma * output) / size, (sigma * x_t + alpha * output) / size
+    )
 
   def error_scale(self, alpha, sigma):
-    return 1.0 / sigma
+    return (alpha**2 + sigma**2) / sigma
+
+
+class Flow(Unscaled):
+  """noise - x_0, the velocity of the straight line (Liu et al. 2022, equation 1, towards noise)."""
+
+  def target(self, x_0, noise, alpha, sigma):
+    return noise - x_0
+
+  def predict(self, x_t, output, alpha, sigma):
+    size = alpha + sigma  # 1 of rectified flow
+    return Prediction((x_t - sigma * output) / size, (x_t + alpha * output) / size)
+
+  def error_scale(self, alpha, sigma):
+    return (alpha + sigma) / sigma
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +105,7 @@ class EDM:
   """What x_t, shrunk by the noise in it, lacks of x_0 (Karras et al. 2022, section 5).
 
   Almost clean pictures are passed on, so that the network need not copy them;
-  of almost pure noise it predicts x_0. The paper's c_skip and c_out, here of
+  of almost pure noise it predicts x_0. The paper's c_skip, c_out and c_in, here of
   x_t = alpha x_0 + sigma noise in place of x_0 + sigma noise. At a `sigma_data`
   of 1 and alpha^2 + sigma^2 = 1 the output is -v.
 
@@ -101,12 +128,15 @@ class EDM:
   def error_scale(self, alpha, sigma):
     return self._size(alpha, sigma) / (self.sigma_data * sigma)
 
+  def input_scale(self, alpha, sigma):
+    return 1.0 / self._size(alpha, sigma)
+
   def _size(self, alpha: Array, sigma: Array) -> Array:
     """Standard deviation of x_t."""
     return jnp.sqrt(sigma**2 + (self.sigma_data * alpha) ** 2)
 
 
-PARAMETERIZATIONS = {"epsilon": Epsilon, "x0": X0, "v": V, "edm": EDM}
+PARAMETERIZATIONS = {"epsilon": Epsilon, "x0": X0, "v": V, "edm": EDM, "flow": Flow}
 
 
 def make_parameterization(name: str, sigma_data: float = 0.5) -> Parameterization:

@@ -1,49 +1,76 @@
-"""Variance-preserving corruption in T discrete steps: x_t = alpha_t x_0 + sigma_t eps.
+"""How pictures are corrupted: x_t = alpha(t) x_0 + sigma(t) noise.
 
-Everything follows from alpha: sigma_t^2 = 1 - alpha_t^2, the signal-to-noise
-ratio, and the transition and posterior between any two times, so that a solver
-may visit any subset of the steps. Times are integers 0...T-1; -1 is the clean
-end, where alpha is exactly 1.
+Everything follows from alpha and sigma: the signal-to-noise ratio, and the
+transition and posterior between any two times, so that a solver may visit any
+of them. Times grow from the picture to noise. A discrete process has integer
+times 0...T-1 and its clean end at -1; those of a continuous one are real, and
+its clean end is 0.
 """
 
+import abc
 import dataclasses
+import math
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from t2i_jax.errors import UserError, unknown
-
 Array = jax.Array
-CLEAN = -1
+CLEAN = -1  # the clean end of a discrete process, where alpha is exactly 1
+SMALLEST = 1e-5  # of the times that a continuous process trains (Song et al. 2021b, appendix C)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class DiscreteProcess:
-  """A process given by its cumulative products.
+class Process(abc.ABC):
+  """A process. Functions of time take jax arrays (float32 out), or numpy's (float64 out).
 
   Attributes:
-    alphas_cumprod: float64 [T], the products of (1 - beta), that is alpha_t^2.
+    clean: the time of the clean picture.
+    first: the least time that a sampler visits, of those that are not clean.
+    last: the time of most noise, where sampling starts.
   """
 
-  alphas_cumprod: np.ndarray
+  clean: float = 0.0
+  first: float
+  last: float
 
-  @property
-  def steps(self) -> int:
-    """T."""
-    return len(self.alphas_cumprod)
+  @abc.abstractmethod
+  def time(self, u: Array) -> Array:
+    """The training time of u in [0, 1), from picture to noise: int32 of a discrete process."""
 
+  @abc.abstractmethod
   def alpha(self, t: Array) -> Array:
-    """alpha at integer times, float32 of t's shape; 1 at `CLEAN`."""
-    return self._table(np.sqrt(self.alphas_cumprod), 1.0)[t + 1]
+    """How much of the picture is left."""
 
+  @abc.abstractmethod
   def sigma(self, t: Array) -> Array:
-    """sigma at integer times, float32 of t's shape; 0 at `CLEAN`."""
-    return self._table(np.sqrt(1.0 - self.alphas_cumprod), 0.0)[t + 1]
+    """Standard deviation of the noise."""
+
+  @abc.abstractmethod
+  def lost(self, t: Array, s: Array) -> Array:
+    """1 - snr(t) / snr(s) for s < t, in a form in which nothing cancels for neighbours."""
+
+  @abc.abstractmethod
+  def embedded(self, t: Array) -> Array:
+    """What a network's embedding of the time is given."""
+
+  @abc.abstractmethod
+  def alpha_of(self, ratio: np.ndarray) -> np.ndarray:
+    """alpha where sigma / alpha is `ratio`, which may be infinite."""
+
+  @abc.abstractmethod
+  def time_of(self, ratio: np.ndarray) -> np.ndarray:
+    """The time at which sigma / alpha is `ratio`; of a discrete process it may be fractional."""
 
   def snr(self, t: Array) -> Array:
-    """Signal-to-noise ratio alpha^2 / sigma^2 at times >= 0."""
-    return self._table(self.alphas_cumprod / (1.0 - self.alphas_cumprod), np.inf)[t + 1]
+    """Signal-to-noise ratio alpha^2 / sigma^2."""
+    with np.errstate(divide="ignore"):
+      return (self.alpha(t) / self.sigma(t)) ** 2
+
+  @property
+  def ends_in_noise(self) -> bool:
+    """Whether nothing at all of the picture is left at `last`: alpha is 0."""
+    return float(self.alpha(np.asarray(self.last))) == 0.0
 
   def corrupt(self, x_0: Array, noise: Array, t: Array) -> Array:
     """x_t of pictures [B, ...] at times [B] (Ho et al. 2020, equation 4)."""
@@ -55,7 +82,8 @@ class DiscreteProcess:
     """q(x_s | x_t, x_0) for times s < t, which need not be neighbours.
 
     Ho et al. 2020, equations 6 and 7, with beta_t replaced by the variance
-    that the process adds between s and t.
+    that the process adds between s and t; for any alpha and sigma, Kingma et
+    al. 2021, appendix A.2.
 
     Args:
       x_t, x_0: pictures [B, ...].
@@ -63,75 +91,252 @@ class DiscreteProcess:
 
     Returns:
       Mean, its variance ("fixed small"), and the variance added between s and
-      t ("fixed large"), the two choices of section 3.2. At s = CLEAN the mean
-      is x_0 and the small variance 0. Both variances broadcast against x_t.
+      t ("fixed large"), the two choices of Ho et al., section 3.2. At the clean
+      end the mean is x_0 and the small variance 0. Both variances broadcast
+      against x_t.
     """
-    ratio = expand(self._log_alpha(t, s), x_t.ndim)
-    alpha_s, sigma_s, sigma_t = (
-      expand(x, x_t.ndim) for x in (self.alpha(s), self.sigma(s), self.sigma(t))
+    alpha_t, alpha_s, sigma_t, sigma_s, lost = (
+      expand(x, x_t.ndim)
+      for x in (self.alpha(t), self.alpha(s), self.sigma(t), self.sigma(s), self.lost(t, s))
     )
-    added = -jnp.expm1(2.0 * ratio)
-    kept = (sigma_s / sigma_t) ** 2
-    mean = jnp.exp(ratio) * kept * x_t + alpha_s * (added / sigma_t**2) * x_0
-    return mean, added * kept, added
+    mean = alpha_t / alpha_s * (sigma_s / sigma_t) ** 2 * x_t + alpha_s * lost * x_0
+    return mean, lost * sigma_s**2, lost * sigma_t**2
 
-  def _log_alpha(self, t: Array, s: Array) -> Array:
-    """log(alpha_t / alpha_s), to float32's relative precision.
 
-    The two logarithms of neighbours nearly cancel, so each is kept as a pair
-    of float32.
-    """
-    exact = 0.5 * np.log(self.alphas_cumprod)
-    high, low = self._table(exact, 0.0), self._table(exact - exact.astype(np.float32), 0.0)
-    return (high[t + 1] - high[s + 1]) + (low[t + 1] - low[s + 1])
+@dataclasses.dataclass(frozen=True, eq=False)
+class DiscreteProcess(Process):
+  """A variance-preserving process of T steps: alpha^2 + sigma^2 = 1.
+
+  On the device its times are integers. On the host they may lie between two
+  steps, where sigma / alpha is interpolated linearly, as samplers that work in
+  this ratio do (Karras et al. 2022, appendix C.3.4).
+
+  Attributes:
+    alphas_cumprod: float64 [T], the products of (1 - beta), that is alpha_t^2.
+  """
+
+  alphas_cumprod: np.ndarray
+  clean = CLEAN
+  first = 0
+
+  @property
+  def steps(self) -> int:
+    """T."""
+    return len(self.alphas_cumprod)
+
+  @property
+  def last(self) -> int:
+    return self.steps - 1
+
+  def time(self, u: Array) -> Array:
+    """Integer times 0...T-1, each an equal part of [0, 1]."""
+    return jnp.minimum((u * self.steps).astype(jnp.int32), self.last)
+
+  def alpha(self, t: Array) -> Array:
+    if _module(t) is np:
+      return self.alpha_of(self.ratio(t))
+    return self._table(np.sqrt(self.alphas_cumprod), 1.0)[t + 1]
+
+  def sigma(self, t: Array) -> Array:
+    if _module(t) is np:
+      ratio = self.ratio(t)
+      finite = np.where(np.isinf(ratio), 0.0, ratio)
+      return np.where(np.isinf(ratio), 1.0, finite * self.alpha_of(finite))
+    return self._table(np.sqrt(1.0 - self.alphas_cumprod), 0.0)[t + 1]
+
+  def snr(self, t: Array) -> Array:
+    if _module(t) is np:
+      return super().snr(t)
+    return self._table(self.alphas_cumprod / (1.0 - self.alphas_cumprod), np.inf)[t + 1]
+
+  def lost(self, t: Array, s: Array) -> Array:
+    # The logarithms of neighbours nearly cancel, so each is kept as a pair of float32.
+    with np.errstate(divide="ignore"):
+      exact = np.log(self.alphas_cumprod) - np.log1p(-self.alphas_cumprod)
+    finite = np.where(np.isinf(exact), 0.0, exact)
+    high = self._table(exact, np.inf)
+    low = self._table(finite - finite.astype(np.float32), 0.0)
+    return -jnp.expm1((high[t + 1] - high[s + 1]) + (low[t + 1] - low[s + 1]))
+
+  def embedded(self, t: Array) -> Array:
+    return t
+
+  def alpha_of(self, ratio: np.ndarray) -> np.ndarray:
+    return 1.0 / np.hypot(1.0, ratio)
+
+  def time_of(self, ratio: np.ndarray) -> np.ndarray:
+    return np.interp(np.log(ratio), np.log(self.ratio(np.arange(self.steps))),
+                     np.arange(self.steps))
+
+  def ratio(self, t: np.ndarray) -> np.ndarray:
+    """sigma / alpha at times in [-1, T-1], float64."""
+    with np.errstate(divide="ignore"):
+      table = np.sqrt((1.0 - self.alphas_cumprod) / self.alphas_cumprod)
+    table = np.concatenate([[0.0], table])
+    low = np.clip(np.floor(t), -1, self.last - 1).astype(int)
+    share = t - low
+    below, above = table[low + 1], table[low + 2]
+    # Towards a ratio without bound it is the inverse that is linear.
+    bounded = np.where(np.isinf(above), 0.0, above)
+    with np.errstate(divide="ignore"):
+      return np.where(
+        np.isinf(above), below / (1.0 - share), below + share * (bounded - below)
+      )
 
   def _table(self, values: np.ndarray, clean: float) -> Array:
     return jnp.asarray(np.concatenate([[clean], values]), jnp.float32)
 
 
-def linear(steps: int = 1000, start: float = 1e-4, end: float = 0.02) -> DiscreteProcess:
-  """beta linear from `start` to `end` (Ho et al. 2020, section 4).
+@dataclasses.dataclass(frozen=True)
+class VariancePreserving(Process):
+  """The limit of infinitely many steps, times in [0, 1] (Song et al. 2021b, appendix B).
 
-  These are for 1000 steps; for another number they are scaled so that the
-  process still ends in noise, where sampling begins.
-
-  Raises:
-    UserError: for so few steps that a beta would reach 1.
+  Attributes:
+    beta_start, beta_end: of the rate beta(t), linear in time.
   """
-  scale = 1000.0 / steps
-  if scale * end >= 1.0:
-    raise UserError(
-      f"a linear process of {steps} steps has a beta of {scale * end:g}; "
-      f"use more than {int(1000 * end)} steps, or the cosine schedule"
-    )
-  return DiscreteProcess(
-    np.cumprod(1.0 - scale * np.linspace(start, end, steps, dtype=np.float64))
-  )
+
+  beta_start: float = 0.1
+  beta_end: float = 20.0
+  first = 1e-3  # where their samplers end, appendix C
+  last = 1.0
+
+  def time(self, u: Array) -> Array:
+    return _module(u).maximum(u, SMALLEST)
+
+  def alpha(self, t: Array) -> Array:
+    return _module(t).exp(self._log_alpha(t, 0.0))
+
+  def sigma(self, t: Array) -> Array:
+    module = _module(t)
+    return module.sqrt(-module.expm1(2.0 * self._log_alpha(t, 0.0)))
+
+  def lost(self, t: Array, s: Array) -> Array:
+    module = _module(t)
+    added = -module.expm1(2.0 * self._log_alpha(t, s))
+    return added / self.sigma(t) ** 2
+
+  def embedded(self, t: Array) -> Array:
+    """999 t, the steps of the discrete process of which it is the limit."""
+    return 999.0 * t
+
+  def alpha_of(self, ratio: np.ndarray) -> np.ndarray:
+    return 1.0 / np.hypot(1.0, ratio)
+
+  def time_of(self, ratio: np.ndarray) -> np.ndarray:
+    growth, target = self.beta_end - self.beta_start, 2.0 * np.log1p(ratio**2)
+    return target / (self.beta_start + np.sqrt(self.beta_start**2 + growth * target))
+
+  def _log_alpha(self, t: Array, s: Array) -> Array:
+    """log(alpha(t) / alpha(s)): minus half the integral of beta."""
+    growth = self.beta_end - self.beta_start
+    return -(t - s) * (0.25 * growth * (t + s) + 0.5 * self.beta_start)
 
 
-def cosine(steps: int = 1000, offset: float = 0.008, largest: float = 0.999) -> DiscreteProcess:
-  """Squared-cosine alpha^2, betas capped at `largest` (Nichol and Dhariwal 2021, 3.2)."""
-  u = np.arange(steps + 1, dtype=np.float64) / steps
-  bar = np.cos((u + offset) / (1.0 + offset) * np.pi / 2) ** 2
-  return DiscreteProcess(np.cumprod(1.0 - np.minimum(1.0 - bar[1:] / bar[:-1], largest)))
+@dataclasses.dataclass(frozen=True)
+class VarianceExploding(Process):
+  """Noise on top of the whole picture: alpha is 1, and the time is sigma (Karras et al. 2022).
 
-
-PROCESSES = {"linear": linear, "cosine": cosine}
-
-
-def make_process(schedule: str, steps: int) -> DiscreteProcess:
-  """The process of a schedule by name.
-
-  Raises:
-    UserError: for a name or a number of steps that makes no process.
+  Attributes:
+    sigma_min, sigma_max: the least and largest noise, their table 1.
   """
-  if schedule not in PROCESSES:
-    raise unknown("diffusion schedule", schedule, PROCESSES)
-  if steps < 2:
-    raise UserError(f"a diffusion process needs at least 2 steps, got {steps}")
-  return PROCESSES[schedule](steps)
+
+  sigma_min: float = 0.002
+  sigma_max: float = 80.0
+
+  @property
+  def first(self) -> float:
+    return self.sigma_min
+
+  @property
+  def last(self) -> float:
+    return self.sigma_max
+
+  def time(self, u: Array) -> Array:
+    """Even in the logarithm of sigma, in which the paper's training density is normal."""
+    return self.sigma_min * _module(u).exp(u * math.log(self.sigma_max / self.sigma_min))
+
+  def alpha(self, t: Array) -> Array:
+    return 1.0 + 0.0 * t
+
+  def sigma(self, t: Array) -> Array:
+    return t
+
+  def lost(self, t: Array, s: Array) -> Array:
+    return (t - s) * (t + s) / t**2
+
+  def embedded(self, t: Array) -> Array:
+    """log(sigma) / 4, the paper's c_noise."""
+    return 0.25 * _module(t).log(t)
+
+  def alpha_of(self, ratio: np.ndarray) -> np.ndarray:
+    return np.ones_like(ratio)
+
+  def time_of(self, ratio: np.ndarray) -> np.ndarray:
+    return ratio
+
+
+@dataclasses.dataclass(frozen=True)
+class RectifiedFlow(Process):
+  """The straight line from picture to noise: alpha is 1 - sigma, and the time is sigma.
+
+  Liu et al. 2022 (rectified flow); Lipman et al. 2023.
+
+  Attributes:
+    shift: moves the times that are trained, and those that are sampled, towards noise; see
+      `shifted`, and `resolution_shift` for its value.
+  """
+
+  shift: float = 1.0
+  first = 1e-3
+  last = 1.0
+
+  def time(self, u: Array) -> Array:
+    return shifted(_module(u).maximum(u, SMALLEST), self.shift)
+
+  def alpha(self, t: Array) -> Array:
+    return 1.0 - t
+
+  def sigma(self, t: Array) -> Array:
+    return t
+
+  def lost(self, t: Array, s: Array) -> Array:
+    small = (t - s) / ((1.0 - s) * t)
+    return small * (2.0 - small)
+
+  def embedded(self, t: Array) -> Array:
+    """1000 sigma, as Esser et al. 2024 have it."""
+    return 1000.0 * t
+
+  def alpha_of(self, ratio: np.ndarray) -> np.ndarray:
+    return 1.0 / (1.0 + ratio)
+
+  def time_of(self, ratio: np.ndarray) -> np.ndarray:
+    return ratio / (1.0 + ratio)
+
+
+def shifted(u: Array, shift: float) -> Array:
+  """Times moved towards noise (shift > 1) or towards the picture (< 1).
+
+  Esser et al. 2024, equation 23. Pictures whose content shows through much
+  noise (few, large, flat objects) leave only the noisiest times for the text to
+  decide anything; a shift gives those more of the training.
+  """
+  return shift * u / (1.0 + (shift - 1.0) * u)
+
+
+def resolution_shift(resolution: int, base: int) -> float:
+  """The shift at which a larger picture is as uncertain as one of side `base`.
+
+  Esser et al. 2024, section 5.3.2: the root of the ratio of the numbers of pixels.
+  """
+  return resolution / base
 
 
 def expand(x: Array, ndim: int) -> Array:
   """x [B] or a scalar as [B, 1, ...], to go with arrays of `ndim` axes."""
-  return x.reshape(*x.shape, *(1,) * (ndim - x.ndim)) if x.ndim else x
+  return x.reshape(*x.shape, *(1,) * (ndim - x.ndim)) if getattr(x, "ndim", 0) else x
+
+
+def _module(x: Array | np.ndarray) -> ModuleType:
+  """numpy for numpy's arrays, which are computed in float64 on the host; else jax.numpy."""
+  return np if isinstance(x, (np.ndarray, np.generic)) else jnp

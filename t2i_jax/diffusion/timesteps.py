@@ -39,21 +39,6 @@ def logit_normal(rng: Array, rows: int, spread: float = 1.0) -> Array:
   return jax.nn.sigmoid(spread * jax.scipy.special.ndtri(u))
 
 
-def shifted(u: Array, shift: float) -> Array:
-  """Times moved towards noise (shift > 1) or towards the picture (< 1).
-
-  Esser et al. 2024, equation 23. Pictures whose content shows through much
-  noise (few, large, flat objects) leave only the noisiest times for the text to
-  decide anything; a shift gives those more of the training.
-  """
-  return shift * u / (1.0 + (shift - 1.0) * u)
-
-
-def discrete(u: Array, steps: int) -> Array:
-  """Integer times 0...steps-1 of a discrete process, each an equal part of [0, 1]."""
-  return jnp.minimum((u * steps).astype(jnp.int32), steps - 1)
-
-
 DENSITIES: dict[str, Density] = {
   "uniform": uniform, "stratified": stratified, "logit_normal": logit_normal,
 }

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from t2i_jax.diffusion.parameterization import PARAMETERIZATIONS, make_parameterization, noise_of
-from t2i_jax.diffusion.process import cosine
+from t2i_jax.diffusion.schedules import cosine, make_process
 from t2i_jax.errors import UserError
 
 NAMES = sorted(PARAMETERIZATIONS)
@@ -12,6 +12,10 @@ NAMES = sorted(PARAMETERIZATIONS)
 T = jnp.array([5, 100, 500, 900])
 PROCESS = cosine()
 ALPHA, SIGMA = PROCESS.alpha(T)[:, None], PROCESS.sigma(T)[:, None]
+
+
+# Of other processes, and where nothing is left of the picture.
+ANY = jnp.array([[1.0, 2.0], [0.3, 0.7], [0.9, 0.1], [0.0, 1.0]])
 
 
 def draw(seed=0):
@@ -45,6 +49,39 @@ def test_one_parameterizations_output_is_anothers(name):
     np.testing.assert_allclose(
       other.target(*prediction, ALPHA, SIGMA), other.target(x_0, noise, ALPHA, SIGMA), atol=1e-4
     )
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "epsilon"])
+def test_all_but_epsilon_hold_for_any_process(name):
+  alpha, sigma = ANY[:, :1], ANY[:, 1:]
+  kind, (x_0, noise, _) = make_parameterization(name), draw()
+  x_t = alpha * x_0 + sigma * noise
+  output = kind.target(x_0, noise, alpha, sigma)
+  prediction = kind.predict(x_t, output, alpha, sigma)
+  np.testing.assert_allclose(prediction.x_0, x_0, atol=1e-4)
+  np.testing.assert_allclose(prediction.noise, noise, atol=1e-4)
+  _, moved = jax.jvp(
+    lambda o: kind.predict(x_t, o, alpha, sigma).x_0, (output,), (jnp.ones_like(output),)
+  )
+  scale = jnp.broadcast_to(kind.error_scale(alpha, sigma), moved.shape)
+  np.testing.assert_allclose(jnp.abs(moved) * scale, 1.0, rtol=1e-5)
+
+
+def test_flow_is_the_velocity_of_the_straight_line():
+  process, (x_0, noise, _) = make_process("flow"), draw()
+  at = lambda t: process.corrupt(x_0, noise, t)  # noqa: E731
+  t = jnp.array([0.1, 0.3, 0.5, 0.9])
+  _, velocity = jax.jvp(at, (t,), (jnp.ones_like(t),))
+  output = make_parameterization("flow").target(x_0, noise, t[:, None], t[:, None])
+  np.testing.assert_allclose(output, velocity, atol=1e-5)
+
+
+def test_only_edm_scales_its_input_to_unit_variance():
+  alpha, sigma = ANY[:, :1], ANY[:, 1:]
+  for name in NAMES:
+    scale = make_parameterization(name, 0.3).input_scale(alpha, sigma)
+    size = jnp.sqrt((0.3 * alpha) ** 2 + sigma**2) if name == "edm" else 1.0
+    np.testing.assert_allclose(scale * size, 1.0, rtol=1e-6)
 
 
 def test_v_is_the_angular_derivative():

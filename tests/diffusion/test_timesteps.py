@@ -1,9 +1,8 @@
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t2i_jax.diffusion.timesteps import DENSITIES, discrete, make_density, shifted
+from t2i_jax.diffusion.timesteps import DENSITIES, make_density
 from t2i_jax.errors import UserError
 
 BATCHES, ROWS = 2000, 8
@@ -50,32 +49,6 @@ def test_uniform_rows_are_independent(drawn):
   correlation = np.corrcoef(u[:, 0], u[:, 1])[0, 1]
   # Rows of a stratified batch avoid one another.
   assert abs(correlation) < 0.1 if name == "uniform" else correlation < -0.1
-
-
-def test_discrete_times_are_equal_parts_and_the_last_is_the_last():
-  u = (jnp.arange(4000) + 0.5) / 4000
-  np.testing.assert_array_equal(np.bincount(discrete(u, 40)), 100)
-  assert discrete(u, 40).dtype == jnp.int32
-  ends = jnp.array([0.0, np.nextafter(np.float32(1), np.float32(0)), 1.0])
-  for steps in (2, 50, 1000, 4000):
-    assert discrete(ends, steps).tolist() == [0, steps - 1, steps - 1]
-
-
-@pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])
-def test_shifting_keeps_the_ends_and_reaches_every_step(shift):
-  u = jnp.linspace(0, 1, 20_001)
-  moved = shifted(u, shift)
-  assert moved[0] == 0 and moved[-1] == pytest.approx(1) and np.all(np.diff(moved) > 0)
-  assert set(np.asarray(discrete(moved, 50))) == set(range(50))
-  if shift == 1.0:
-    np.testing.assert_array_equal(moved, u)
-
-
-def test_shifting_scales_the_noise_to_signal_ratio():
-  # What Esser et al. 2024, section 5.3.2, ask of it, for the straight process sigma = u.
-  u = jnp.array([0.1, 0.5, 0.9])
-  moved = shifted(u, 3.0)
-  np.testing.assert_allclose(moved / (1 - moved), 3.0 * u / (1 - u), rtol=1e-5)
 
 
 @pytest.mark.parametrize("spread", [0.5, 1.5])

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from t2i_jax.diffusion.parameterization import PARAMETERIZATIONS, make_parameterization
-from t2i_jax.diffusion.process import linear
+from t2i_jax.diffusion.schedules import linear
 from t2i_jax.diffusion.weighting import WEIGHTINGS, make_weighting
 from t2i_jax.errors import UserError
 

@@ -7,7 +7,6 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from t2i_jax.diffusion.timesteps import discrete
 from t2i_jax.errors import UserError
 from t2i_jax.systems import base
 from t2i_jax.systems.conditioning import TextConditioner
@@ -129,7 +128,7 @@ def test_loss_at_init_is_the_expected_one(fresh):
   error = losses.pop(("epsilon", "x0"))
   np.testing.assert_allclose(list(losses.values()), 1.0, atol=0.03)
   system = systems["epsilon", "x0"]
-  t = discrete(system.times(base.fold_name(KEY, "time"), 64), 50)
+  t = system.process.time(system.times(base.fold_name(KEY, "time"), 64))
   ratio = jnp.mean((system.process.sigma(t) / system.process.alpha(t)) ** 2)
   assert error == pytest.approx(float(ratio), rel=0.1)
 

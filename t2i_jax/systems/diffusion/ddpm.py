@@ -13,10 +13,13 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from t2i_jax.diffusion import guidance, solvers
+from t2i_jax.diffusion import guidance, solvers, thresholding
+from t2i_jax.diffusion.combination import check_combination
+from t2i_jax.diffusion.grid import make_grid
 from t2i_jax.diffusion.parameterization import make_parameterization
-from t2i_jax.diffusion.process import expand, make_process
-from t2i_jax.diffusion.timesteps import discrete, make_density, shifted
+from t2i_jax.diffusion.process import expand, shifted
+from t2i_jax.diffusion.schedules import make_process
+from t2i_jax.diffusion.timesteps import make_density
 from t2i_jax.diffusion.weighting import make_weighting
 from t2i_jax.errors import UserError
 from t2i_jax.networks.draft import Draft, shrunk
@@ -34,8 +37,8 @@ class Options:
   """Sampling options.
 
   Attributes:
-    solver: "ddpm" (ancestral) or "ddim".
-    steps: network evaluations a picture.
+    solver: one of `diffusion.solvers.SOLVERS`: "ddpm" (ancestral), "ddim", "dpmpp_2m"...
+    steps: of the solver; of most, network evaluations a picture.
     guidance: classifier-free guidance scale; 1 is the conditional model alone.
     eta: of DDIM.
     variance: of the ancestral solver, "small" or "large".
@@ -198,7 +201,7 @@ class DDPM(base.System):
   def _errors(self, variables, batch, given: Conditioning, rng, train: bool) -> Array:
     x_0 = base.normalize_images(batch["image"])
     u = shifted(self.times(base.fold_name(rng, "time"), len(x_0)), self.time_shift)
-    t = discrete(u, self.process.steps)
+    t = self.process.time(u)
     noise = jax.random.normal(base.fold_name(rng, "noise"), x_0.shape)
     alpha, sigma = (expand(f(t), x_0.ndim) for f in (self.process.alpha, self.process.sigma))
     output = self._network(
@@ -244,15 +247,19 @@ class DDPM(base.System):
       guidance.interleave, conditioning.replace(null=None), conditioning.null
     )
 
-    def predict(x: Array, t: Array):
+    def predict(x: Array, row: solvers.Row, memory: Any):
+      t = self.process.embedded(row.time)
       output = self._network(
         variables, guidance.both(x), jnp.full(2 * len(x), t), doubled
       )
       output = guidance.classifier_free(*guidance.separate(output), options.guidance)
-      alpha, sigma = self.process.alpha(t), self.process.sigma(t)
-      prediction = self.parameterization.predict(x, output, alpha, sigma)
-      return solvers.thresholded(prediction, x, alpha, sigma) if options.clip else prediction
+      prediction = self.parameterization.predict(x, output, row.alpha, row.sigma)
+      if options.clip:
+        prediction = thresholding.static(prediction, x, row.alpha, row.sigma)
+      return solvers.Evaluation(*prediction), memory
 
-    shape = (self.resolution, self.resolution, 3)
-    x_0 = solvers.solve(solver, self.process, predict, keys, shape, options.steps)
+    check_combination(self.process, self.parameterization, solver)
+    grid = make_grid(self.process, options.steps, convention=solver.convention)
+    start = grid.deviation * solvers.start_noise(keys, (self.resolution, self.resolution, 3))
+    x_0 = solvers.solve(solver(grid), predict, start, keys)
     return jnp.clip(x_0, -1.0, 1.0)
