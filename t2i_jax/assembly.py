@@ -220,11 +220,13 @@ def run_tokenizers(
   if (workdir / CONFIG).exists():
     return Tokenizers.load(workdir / TOKENIZER)
   text_of = systems.load(config.system).text_of
-  if text_of or config.text.encoder == "component":
+  if text_of or config.text.encoder in ("component", "none"):
     if config.resume:
       return Tokenizers.load(epath.Path(config.resume) / TOKENIZER)
     if text_of:
       return given[text_of]
+    if config.text.encoder == "none":
+      return Tokenizers({})
     return component_tokenizers(config, given)
   if config.resume:
     key, tokenizers = "resume", Tokenizers.load(epath.Path(config.resume) / TOKENIZER)

@@ -50,7 +50,7 @@ def _evaluate(flags) -> None:
   from t2i_jax.pipeline import Pipeline
   from t2i_jax.sample import sampling_options
 
-  pipeline = Pipeline.load(flags.export)
+  pipeline = Pipeline.load(flags.export, guide=flags.guide)
   config = pipeline.config
   with config.unlocked():
     set_data_options(config, flags.data_option)

@@ -9,7 +9,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from t2i_jax import assembly, caches, command, data, export, systems
+from t2i_jax import assembly, caches, command, data, export, guiding, systems
 from t2i_jax import config as configs
 from t2i_jax.data.loader import Loader
 from t2i_jax.data.prefetch import Prefetcher
@@ -103,7 +103,9 @@ def _train(config, workdir, mesh, rows, tensorboard, started) -> loop.State:
   if latents is not None:
     _say(f"training on the latents in {config.data.latents}: an epoch is its {len(source)} pictures"
          f"{', the first of an endless data set' if source.was_infinite else ''}")
-  tokenizers = assembly.run_tokenizers(config, workdir, source, components.tokenizers)
+  tokenizers = guiding.with_tokenizer(
+    assembly.run_tokenizers(config, workdir, source, components.tokenizers), components.tokenizers
+  )
   read_text = caches.ReadText(tokenizers, cache)
   read_text.check(source, f"{config.data.name}, {assembly.training_split(config)}")
   loader = Loader(
@@ -242,6 +244,7 @@ def _hooks(
     prompts = list(config.sample.prompts) or default_prompts(
       _held_out(config, source, system), config.sample.count
     )
+    pipeline.read(prompts, len(prompts))
     for line in pipeline.truncated(prompts):
       _say(f"warning: {line}")
     hooks.append(DrawSamples(

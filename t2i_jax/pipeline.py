@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from t2i_jax import assembly, export
+from t2i_jax import assembly, data, export, guiding
 from t2i_jax.errors import UserError
 from t2i_jax.parallel.compiler_flags import compiler_options
 from t2i_jax.parallel.mesh import batch_sharding, batch_shards, make_mesh, replicated
@@ -48,6 +48,8 @@ class Pipeline:
     self.system, self.tokenizers, self.mesh = system, tokenizers, mesh
     self.resting = resting or {}
     self.variables, self.config, self.step = variables, config, step
+    if system.labels:
+      guiding.check_labels(system, config)
     compiled = {"compiler_options": compiler_options(mesh.devices.flat[0].platform)}
     self._condition = jax.jit(system.condition, **compiled)
     self._whole = jax.jit(lambda x: x, out_shardings=replicated(mesh), **compiled)
@@ -59,7 +61,8 @@ class Pipeline:
 
   @classmethod
   def load(
-    cls, path: str | Path, mesh: Mapping[str, int] | None = None, offload_text: bool = False
+    cls, path: str | Path, mesh: Mapping[str, int] | None = None, offload_text: bool = False,
+    guide: str | Path = "",
   ) -> "Pipeline":
     """Reads an export onto the devices.
 
@@ -67,11 +70,14 @@ class Pipeline:
       path: the export's folder.
       mesh: devices along each axis; all of them along `data` by default.
       offload_text: keep frozen text encoders off the devices while pictures are drawn.
+      guide: another export, which steers the sampler; in place of the export's own, if it has one.
 
     Raises:
       UserError: for a folder that is no whole export, or whose networks are not this version's.
     """
     exported = export.read(path)
+    if guide:
+      exported = guiding.guided(exported, guide)
     devices = make_mesh(mesh or {"data": -1})
     system = assembly.build_with(exported.config, exported.components)
     _check_fits(system, exported)
@@ -151,6 +157,8 @@ class Pipeline:
     variables = self.variables if variables is None else variables
     shards = batch_shards(self.mesh)
     size = -(-min(batch_size, len(prompts)) // shards) * shards
+    if self.system.labels:
+      self.read(prompts, len(prompts))  # what cannot be read is found before anything is drawn
     starts = range(0, len(prompts), size)
     parts = [list(prompts[start : start + size]) for start in starts]
     encoders, others = base.split(self.resting, self.system.text.frozen_groups)
@@ -193,9 +201,8 @@ class Pipeline:
         yield self._put(conditioning)
 
   def _encode(self, variables: Any, part: list[str], size: int) -> Any:
-    text = self.tokenizers.encode(part + [""] * (size - len(part)))
     with jax.set_mesh(self.mesh):
-      return self._condition(variables, {"text": self._put(text)})
+      return self._condition(variables, self._put(self.read(part, size)))
 
   def _off(self, conditioning: Any) -> Any:
     """Conditioning on every host, whole."""
@@ -213,14 +220,26 @@ class Pipeline:
     """
     rows = batch_shards(self.mesh)
     chosen = base.make_options(self.system, options)
-    text = self.tokenizers.encode([""] * rows)
     with jax.set_mesh(self.mesh):
       whole = base.merge(variables, self.resting)
-      given = jax.eval_shape(self.system.condition, whole, {"text": text})
+      given = jax.eval_shape(self.system.condition, whole, self.read([], rows))
       call = (variables, given, jnp.uint32(0), np.arange(rows), chosen)
       drawn = jax.eval_shape(self._drawn, *call)
       if self._finishes:
         jax.eval_shape(self._finished, whole, drawn)
+
+  def read(self, prompts: Sequence[str], rows: int) -> dict[str, Any]:
+    """A batch of prompts on the host, filled up to `rows`: their `text`, and `label` if wanted.
+
+    Raises:
+      UserError: for a prompt whose labels the data set cannot read.
+    """
+    blank = rows - len(prompts)
+    batch: dict[str, Any] = {"text": self.tokenizers.encode([*prompts, *[""] * blank])}
+    if self.system.labels:
+      labels = data.read_labels(self.config.data.name, prompts)
+      batch["label"] = np.pad(labels, ((0, blank), (0, 0)), constant_values=-1)
+    return batch
 
   def truncated(self, prompts: Sequence[str]) -> list[str]:
     """A line for each prompt that the encoder cannot take whole, saying what is cut."""

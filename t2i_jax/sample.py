@@ -40,6 +40,9 @@ def main(argv: list[str] | None = None) -> None:
 def add_export_flags(parser) -> None:
   """Flags of every command that draws from an export."""
   parser.add_argument("--export", required=True, help="the export's folder")
+  parser.add_argument("--guide", default="", metavar="EXPORT",
+                      help="another export, which steers the sampler: a noisy classifier, or "
+                      "semantic guidance")
   parser.add_argument("--seed", type=int, default=0, help="of the pictures (0)")
   parser.add_argument("--batch-size", type=int, default=64, help="pictures drawn at a time (64)")
   for name in COMMON:
@@ -83,7 +86,9 @@ def _sample(flags) -> None:
   from t2i_jax.pipeline import Pipeline
   from t2i_jax.training.grids import prompt_grid, save_picture
 
-  pipeline = Pipeline.load(flags.export, offload_text=flags.offload_text)
+  pipeline = Pipeline.load(
+    flags.export, offload_text=flags.offload_text, guide=flags.guide
+  )
   options = sampling_options(flags, pipeline)
   for line in pipeline.truncated(prompts):
     print(f"warning: {line}", file=sys.stderr)

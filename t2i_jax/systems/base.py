@@ -28,6 +28,7 @@ from t2i_jax.errors import UserError, unknown
 Array = jax.Array
 Batch = Mapping[str, Any]
 Variables = Mapping[str, Mapping[str, Any]]
+GUIDE = "guide"  # the component that steers a sampler
 NO_VARIABLES: Variables = types.MappingProxyType({})
 
 

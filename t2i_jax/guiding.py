@@ -1,0 +1,58 @@
+"""How a guide comes to an export or a run: its variables, its tokenizer, the labels it reads."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from t2i_jax import data, export
+from t2i_jax.errors import UserError
+from t2i_jax.systems import base
+from t2i_jax.systems.base import GUIDE, System
+from t2i_jax.text.tokenizer import Tokenizers
+
+
+def guided(exported: export.Export, path: str | Path) -> export.Export:
+  """An export with another as its component `guide`, in place of one that it may have.
+
+  Raises:
+    UserError: for one that cannot be read.
+  """
+  guide = export.read(path)
+  about = {"config": guide.config.to_dict(), "components": guide.components, "step": guide.step,
+           "fingerprint": export.fingerprint(path)}
+  theirs = {kind: {GUIDE: groups} for kind, groups in guide.variables.items()}
+  _, ours = base.split(exported.variables, (GUIDE,))
+  return dataclasses.replace(
+    exported, variables=base.merge(ours, theirs),
+    components={**exported.components, GUIDE: about},
+    tokenizers=with_tokenizer(exported.tokenizers, {GUIDE: guide.tokenizers}),
+  )
+
+
+def with_tokenizer(tokenizers: Tokenizers, given: Mapping[str, Tokenizers]) -> Tokenizers:
+  """Tokenizers, and that of the guide among components' `given` ones, if it reads text.
+
+  Raises:
+    UserError: it reads with several.
+  """
+  if GUIDE not in given:
+    return tokenizers
+  theirs = given[GUIDE].of
+  if len(theirs) > 1:
+    raise UserError(f"components.{GUIDE} reads text with {', '.join(theirs)}; a guide may have one "
+                    "text encoder")
+  ours = {name: tokenizer for name, tokenizer in tokenizers.of.items() if name != GUIDE}
+  for tokenizer in theirs.values():
+    ours[GUIDE] = tokenizer
+  return Tokenizers(ours)
+
+
+def check_labels(system: System, config: ConfigDict) -> None:
+  """Raises UserError unless the run's data set reads from captions the labels that are wanted."""
+  there = data.labels(config.data.name) or {}
+  if tuple(there.items()) != tuple(map(tuple, system.labels)):
+    wanted = ", ".join(f"{name} ({number})" for name, number in system.labels)
+    raise UserError(f"pictures are drawn by the labels {wanted}, which the captions of data set "
+                    f"'{config.data.name}' do not say; use a guide or a model of that data set")
