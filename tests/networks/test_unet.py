@@ -288,3 +288,17 @@ def test_shuffle_inverts_unshuffle(patch):
 def test_enlarged_repeats_each_pixel():
   x = np.arange(2 * 3 * 2 * 4).reshape(2, 3, 2, 4)
   np.testing.assert_array_equal(enlarged(jnp.asarray(x), 6, 8), x.repeat(2, 1).repeat(4, 2))
+
+
+def test_embeddings_of_several_labels_are_added_up():
+  network = UNet(**{**TINY, "classes": 5})
+  given = {**inputs(), "label": jnp.array([[0, 3], [1, 4]])}
+  params = filled(shapes_of(network, **given))
+  apply = jax.jit(lambda params, label: network.apply(params, **{**given, "label": label}))
+  table = params["params"]["label"]["embedding"]
+  assert table.shape == (5, 64)
+  summed = jax.tree.map(lambda x: x, params)
+  summed["params"]["label"]["embedding"] = table.at[0].set(table[0] + table[3])
+  both, one = apply(params, given["label"]), apply(summed, jnp.array([0, 0]))
+  np.testing.assert_allclose(both[0], one[0], atol=1e-5)
+  assert np.abs(both[1] - one[1]).max() > 1e-3
