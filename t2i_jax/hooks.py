@@ -129,4 +129,4 @@ class HeldOutLoss:
 def default_prompts(source: Source, count: int) -> list[str]:
   """The first captions of a split, for a run whose config names no prompts."""
   indices = np.arange(count) % len(source)
-  return fetch_rows(source, indices, np.zeros(count, np.uint64))[1].captions
+  return source.describe(indices, np.zeros(count, np.uint64)).captions

@@ -231,8 +231,8 @@ def _hooks(
   if pipeline is None:
     if every and isinstance(system, base.FirstStage):
       hooks.append(DrawReconstructions(
-        system, _held_out(config, source, system), mesh, config.sample.count, every, workdir,
-        writers,
+        system, _held_out(config, source, system, decoded=True), mesh, config.sample.count, every,
+        workdir, writers,
       ))
     return hooks
   options = config.sample.options.to_dict()
@@ -242,7 +242,7 @@ def _hooks(
     pipeline.check(run.plan.abstract_state.variables(ema=True), **options)
   if every:
     prompts = list(config.sample.prompts) or default_prompts(
-      _held_out(config, source, system), config.sample.count
+      _held_out(config, source, system, decoded=False), config.sample.count
     )
     pipeline.read(prompts, len(prompts))
     for line in pipeline.truncated(prompts):
@@ -253,11 +253,15 @@ def _hooks(
   return hooks
 
 
-def _held_out(config, source, system):
-  """The first held-out split that there is, else the training set."""
+def _held_out(config, source, system, decoded: bool):
+  """The first held-out split that there is, else the training set; as `open_data` has it or not."""
+  side = assembly.resolution_of(system)
   for split in assembly.held_out_splits(config):
     try:
-      return assembly.open_data(config, split, assembly.resolution_of(system))
+      if decoded:
+        return assembly.open_data(config, split, side)
+      options = config.data.options.to_dict()
+      return data.open_source(config.data.name, split, side, config.seed, options)
     except UserError as error:
       _say(f"warning: samples are of the training split: {error}")
   return source

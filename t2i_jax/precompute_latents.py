@@ -113,7 +113,7 @@ def _report(output: str, split: str, encoded: int) -> None:
   cache = LatentCache(output, split)
   without = cache.data["rows"] - len(cache.rows)
   mean, std = (cache.statistics[name] for name in ("mean", "std"))
-  print(f"{split}: {len(cache.rows)} pictures in {output}, {encoded} of them encoded now"
+  print(f"{split}: {len(cache.rows)} pictures in {output}, {encoded} encoded now"
         + f"{f', {without} more that cannot be read' if without else ''}; their latents have mean "
         f"{mean:.4g} and standard deviation {std:.4g}")
 

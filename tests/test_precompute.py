@@ -146,15 +146,15 @@ HOST = """
 import os, sys, time
 import encoder
 from t2i_jax import precompute
-from t2i_jax.data import text_cache
+from t2i_jax.data.shards import ShardWriter
 
-missing = text_cache.Writer.missing
+missing = ShardWriter.missing
 
 def late(self, of_all=False):
   time.sleep(3 * (os.environ["T2I_PROCESS_ID"] == "1" and not of_all))
   return missing(self, of_all)
 
-text_cache.Writer.missing = late
+ShardWriter.missing = late
 precompute.main(sys.argv[1:])
 """
 
