@@ -60,6 +60,8 @@ def rescaled(guided: Array, conditional: Array, share: Array) -> Array:
   """
   axes = _all_but_batch(guided)
   ratio = jnp.std(conditional, axes, keepdims=True) / jnp.std(guided, axes, keepdims=True)
+  # Compiled, two deviations of the same picture may differ by a rounding.
+  ratio = jnp.where(jnp.all(guided == conditional, axes, keepdims=True), 1.0, ratio)
   return guided * (1.0 + _scale(share, guided) * (ratio - 1.0))
 
 

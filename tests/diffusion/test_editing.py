@@ -68,4 +68,4 @@ def test_image_to_image_keeps_more_of_the_picture_the_less_strength(process):
     assert grid.steps == 20 * strength
     kept.append(np.corrcoef(np.ravel(x), np.ravel(picture))[0, 1])
     np.testing.assert_allclose(x.std(), 0.3, atol=0.09)
-  assert kept[0] > 0.8 > kept[1] > kept[2] + 0.1 and abs(kept[2]) < 0.2
+  assert kept[0] > 0.6 and kept[0] > kept[1] + 0.2 and kept[1] > kept[2] and abs(kept[2]) < 0.2
