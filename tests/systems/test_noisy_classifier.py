@@ -7,12 +7,12 @@ import optax
 import pytest
 
 from t2i_jax.data import labels, open_source
+from t2i_jax.diffusion.timesteps import stratified
 from t2i_jax.errors import UserError
 from t2i_jax.systems import base
 from t2i_jax.systems.base import Conditioning
 from t2i_jax.systems.conditioning import TextConditioner
 from t2i_jax.systems.guides.noisy_classifier import NoisyClassifier
-from t2i_jax.systems.guides.times import spread_times
 
 SYSTEM = NoisyClassifier(
   TextConditioner(), 8, (("colour", 3), ("size", 2)), "cosine", 50, channels=8, multipliers=(1,),
@@ -90,7 +90,7 @@ def test_each_picture_has_its_own_finite_gradient(variables):
 
 
 def test_the_loss_is_of_noised_pictures_at_the_process_s_times(variables, batch):
-  u = spread_times(base.fold_name(KEY, "time"), 4)
+  u = stratified(base.fold_name(KEY, "time"), 4)
   t = SYSTEM.process.time(u)
   noise = jax.random.normal(base.fold_name(KEY, "noise"), (4, 8, 8, 3))
   x_t = SYSTEM.process.corrupt(base.normalize_images(batch["image"]), noise, t)
@@ -105,13 +105,6 @@ def test_the_loss_is_of_noised_pictures_at_the_process_s_times(variables, batch)
   # One row in each quarter of the time.
   quarters = [aux.metrics[f"accuracy/time_{i}_of_4"] for i in (1, 2, 3, 4)]
   np.testing.assert_array_equal(quarters, found["accuracy/all"][np.argsort(u)])
-
-
-def test_times_are_spread_evenly_and_uniform():
-  u = np.asarray(jax.vmap(lambda key: spread_times(key, 8))(jax.random.split(KEY, 500)))
-  assert np.all((u >= 0) & (u < 1))
-  assert np.all(np.sort((8 * u).astype(int), axis=1) == np.arange(8))
-  np.testing.assert_allclose(np.quantile(u[:, 0], [0.25, 0.5, 0.75]), [0.25, 0.5, 0.75], atol=0.07)
 
 
 def test_learns_what_is_left_of_noised_scenes():

@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 
 from t2i_jax.diffusion.schedules import make_process
+from t2i_jax.diffusion.timesteps import stratified
 from t2i_jax.errors import UserError, unknown
 from t2i_jax.networks.encoder_unet import POOLS, EncoderUNet
 from t2i_jax.systems import base
 from t2i_jax.systems.base import Array, Aux, Batch, Conditioning, Field, Player, Variables
 from t2i_jax.systems.conditioning import TextConditioner
-from t2i_jax.systems.guides.times import by_quarter, spread_times
+from t2i_jax.systems.guides.times import by_quarter
 
 CLASSIFIER = "classifier"
 UNSAID = -1  # a label that is not known, or not wanted
@@ -145,7 +146,7 @@ class NoisyClassifier(base.System):
   ) -> tuple[dict[str, Array], Array]:
     """Costs and hits of each example [B], and where in [0, 1) its time lies."""
     x_0 = base.normalize_images(batch["image"])
-    u = spread_times(base.fold_name(rng, "time"), len(x_0))
+    u = stratified(base.fold_name(rng, "time"), len(x_0))
     t = self.process.time(u)
     noise = jax.random.normal(base.fold_name(rng, "noise"), x_0.shape)
     logits = self._logits(

@@ -16,11 +16,12 @@ import jax.numpy as jnp
 
 from t2i_jax.diffusion.process import DiscreteProcess
 from t2i_jax.diffusion.schedules import make_process
+from t2i_jax.diffusion.timesteps import stratified
 from t2i_jax.errors import UserError
 from t2i_jax.systems import base
 from t2i_jax.systems.base import Array, Aux, Batch, Conditioning, Field, Player, Variables
 from t2i_jax.systems.conditioning import TextConditioner
-from t2i_jax.systems.guides.times import by_quarter, spread_times
+from t2i_jax.systems.guides.times import by_quarter
 from t2i_jax.systems.text.clip import CLIP, TOWERS, matching
 from t2i_jax.text import clip
 
@@ -158,7 +159,7 @@ class SemanticGuidance(base.System):
   ) -> tuple[dict[str, Array], Array]:
     """Each example's terms [B], and where in [0, 1) its time lies."""
     x_0 = base.normalize_images(batch["image"])
-    u = spread_times(base.fold_name(rng, "time"), len(x_0))
+    u = stratified(base.fold_name(rng, "time"), len(x_0))
     t = self.process.time(u)
     noise = jax.random.normal(base.fold_name(rng, "noise"), x_0.shape)
     seen, _ = self._features(variables, self.process.corrupt(x_0, noise, t), t)

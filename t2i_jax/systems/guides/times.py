@@ -1,15 +1,10 @@
-"""The times at which guides are trained, and how well they do at which of them."""
+"""How well guides do at which times."""
 
 import jax
 import jax.numpy as jnp
 
 Array = jax.Array
 QUARTERS = 4
-
-
-def spread_times(rng: Array, rows: int) -> Array:
-  """Uniform in [0, 1), one a row, as evenly as they can lie (Kingma et al. 2021, appendix I.1)."""
-  return (jax.random.uniform(rng) + jnp.arange(rows) / rows) % 1.0
 
 
 def by_quarter(name: str, values: Array, u: Array) -> dict[str, Array]:
