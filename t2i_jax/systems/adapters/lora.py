@@ -108,6 +108,10 @@ class LoRA(base.System):
     return self.components[BASE]
 
   @property
+  def labels(self) -> tuple[tuple[str, int], ...]:
+    return self.adaptee.labels
+
+  @property
   def players(self) -> tuple[Player, ...]:
     (player,) = self.adaptee.players
     return (
