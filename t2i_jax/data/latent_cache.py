@@ -4,7 +4,7 @@
   SPLIT/summary.json          the rows without a picture, and the statistics of the latents
   SPLIT/00000/moments.npy     [n, variants, h, w, 2c], mean and log-variance of the first rows
   SPLIT/00000/readable.npy    bool [n], whether the row's picture could be read
-  SPLIT/00000/sums.npy        float64 [n, 2, c], sums over the positions of a draw and its square
+  SPLIT/00000/sums.npy        float64 [n, 2, c], sums over positions of E[z] and E[z^2] of a draw z
   SPLIT/00001/...
 
 The moments are of the posterior, so that training draws other latents from it in every epoch. A
@@ -112,13 +112,13 @@ class Writer(ShardWriter):
     with np.errstate(over="ignore"):
       stored = moments.astype(self._dtype)
     stored[~readable] = 0
-    finite = np.isfinite(stored.astype(np.float32)).all(axis=(1, 2, 3, 4))
+    finite = np.isfinite(stored).all(axis=(1, 2, 3, 4))
     if not finite.all():
       row = self.layout.rows_of(shard)[int(np.argmin(finite))]
       raise UserError(f"the first stage gives moments of row {row} that are not finite as "
                       f"{self._dtype.name}; use --dtype=float32 and "
                       "--config.precision.compute=float32, or another first stage")
-    sums = _sums(stored, shard) * readable[:, None, None]
+    sums = _sums(stored) * readable[:, None, None]
     super().write(shard, {_MOMENTS: stored, _READABLE: readable, _SUMS: sums})
 
   def finish(self) -> None:
@@ -151,12 +151,16 @@ class Writer(ShardWriter):
     return (self._path / _SUMMARY).is_file()
 
 
-def _sums(moments: np.ndarray, shard: int) -> np.ndarray:
-  """float64 [n, 2, c]: sums over variants and positions of a draw and of its square."""
-  mean, log_variance = np.split(moments.astype(np.float32), 2, axis=-1)
-  noise = np.random.default_rng(shard).standard_normal(mean.shape, np.float32)
-  drawn = (mean + np.exp(0.5 * log_variance) * noise).astype(np.float64)
-  return np.stack([drawn.sum(axis=(1, 2, 3)), np.square(drawn).sum(axis=(1, 2, 3))], axis=1)
+def _sums(moments: np.ndarray) -> np.ndarray:
+  """float64 [n, 2, c], sums over variants and positions of E[z] and E[z^2] of a draw z.
+
+  The second is mean^2 + variance, so nothing has to be drawn.
+  """
+  rows, *_, doubled = moments.shape
+  flat = moments.astype(np.float32).reshape(rows, -1, doubled)
+  mean, variance = flat[..., : doubled // 2].astype(np.float64), np.exp(flat[..., doubled // 2 :])
+  squares = np.einsum("npc,npc->nc", mean, mean) + variance.sum(axis=1, dtype=np.float64)
+  return np.stack([mean.sum(axis=1), squares], axis=1)
 
 
 def _statistics(count: int, sums: np.ndarray, squares: np.ndarray) -> dict[str, Any]:
@@ -173,7 +177,7 @@ class LatentCache:
     shape, dtype: of a row's moments, (h, w, 2c).
     rows: int64 [n], those that have a picture, ascending.
     variants: of each row.
-    statistics: of a draw from every posterior: `mean` and `std`, and by channel in `channels`.
+    statistics: of draws from the posteriors: `mean` and `std`, and by channel in `channels`.
 
   Args:
     path: folder of the cache.
