@@ -1,0 +1,53 @@
+"""Semantic diffusion guidance: a CLIP that sees noised pictures steers a denoiser without text.
+
+  python -m t2i_jax.main --config=configs/clip.py --workdir=runs/clip
+  python -m t2i_jax.main --config=configs/semantic_guidance.py --workdir=runs/semantic \\
+    --config.components.clip=runs/clip/export
+  python -m t2i_jax.main --config=configs/adm.py --workdir=runs/adm
+  python -m t2i_jax.sample --export=runs/adm/export --guide=runs/semantic/export \\
+    --prompt="a large red ring at the top"
+
+It is trained without captions; only the CLIP that it starts from has read any.
+
+Expected of "small" on "scenes", seed 0: TODO % minutes on one CPU core.
+
+Arguments:
+  size: "small" (32 px, for two CPU cores, the default); "256", for the published denoisers of 256
+    px, from a public CLIP; "tiny", for tests.
+  dataset: "scenes" (one object), "scenes_two", "scenes_all", "emoji", "folder".
+
+Paper: Liu et al. 2021 (More Control for Free! Image Synthesis with Semantic Diffusion Guidance).
+"""
+
+from t2i_jax import recipe
+from t2i_jax.config import choose, parse_arg
+
+SIZES = {
+  "small": dict(resolution=32, schedule="cosine", time_width=32),
+  "256": dict(resolution=256, schedule="linear", time_width=128),
+  "tiny": dict(resolution=16, schedule="cosine", steps=50, time_width=8),
+}
+
+
+def get_config(arg=None):
+  arg = parse_arg(arg, size="small", dataset="scenes")
+  config = recipe.base("semantic_guidance", arg.dataset)
+  config.model.update(choose("size", arg.size, SIZES))
+  config.text.update(encoder="component", encoders=("clip",), drop=0.0)
+  config.evaluate.every = "25%"
+  if arg.size == "tiny":
+    config.train.update(duration="4 steps", batch_size=8)
+    config.optimizer.warmup = "2 steps"
+    config.evaluate.every = "0 steps"
+    config.log.every = "1 steps"
+    return config
+  if arg.size == "small":
+    config.train.update(duration="1000 steps", batch_size=64)
+    config.optimizer.update(
+      name="muon", learning_rate=1e-3, weight_decay=0.01, schedule="cosine", warmup="50 steps"
+    )
+    config.ema.decay = 0.99
+    return config
+  config.train.update(duration="500k steps", batch_size=256)
+  config.optimizer.update(learning_rate=1e-4, warmup="1000 steps")
+  return config
