@@ -43,7 +43,7 @@ class Export:
     path: its folder.
     config: of the run that made it.
     step: of the training at which it was made.
-    variables: `{collection: {group: tree}}` of numpy arrays.
+    variables: `{collection: {group: tree}}` of numpy arrays, or of `Stored`s.
     tokenizers: of its prompts.
     components: what builds the frozen systems in it, by name: `config`, `components`, `step`.
   """
@@ -160,8 +160,12 @@ def check_replaceable(path: str | os.PathLike) -> None:
                     "folder for the export, or move it away")
 
 
-def read(path: str | os.PathLike) -> Export:
+def read(path: str | os.PathLike, stored: bool = False) -> Export:
   """Reads an export.
+
+  Args:
+    path: its folder.
+    stored: leave the numbers where they are: the variables are `Stored`s, and the folder must stay.
 
   Raises:
     UserError: for a folder that is none, or from which something is missing.
@@ -201,6 +205,13 @@ def read(path: str | os.PathLike) -> Export:
     if size != files[name]:
       raise UserError(f"the export {path} is not whole: {name} has {size} bytes of {files[name]}; "
                       "copy it again")
+  if stored:
+    from t2i_jax.weights.stored import open_weights
+
+    flat = open_weights(path / VARIABLES)
+    return Export(
+      path, config, step, unflatten(flat), Tokenizers.load(path / TOKENIZER), components
+    )
   try:
     local = "://" not in os.fspath(path)
     flat = load_file(path / VARIABLES) if local else load((path / VARIABLES).read_bytes())

@@ -9,7 +9,7 @@ import jax
 from ml_collections import ConfigDict
 
 from t2i_jax import assembly, export, recipe
-from t2i_jax.conversion import blamed, dtype_of, read_json, write_json
+from t2i_jax.conversion import blamed, dtype_of, new_folder, read_json, write_json
 from t2i_jax.errors import UserError
 from t2i_jax.text.tokenizer import Tokenizers
 from t2i_jax.weights import autoencoder as maps
@@ -39,6 +39,15 @@ class Autoencoder:
   options: Mapping[str, Any]
   tensors: Tensors
   source: str
+
+
+def is_among(tensors: Tensors) -> bool:
+  """Whether a file holds an autoencoder."""
+  try:
+    maps.map_of(tensors, 1)
+  except UserError:
+    return False
+  return True
 
 
 def open_folder(folder: Path) -> Autoencoder:
@@ -78,6 +87,14 @@ def write(output: str | Path, autoencoder: Autoencoder, dtype: str = "stored") -
   names = maps.map_of(tensors, len(options["multipliers"]))
   params = names.stored(tensors, abstract, source=autoencoder.source, dtype=dtype_of(dtype))
   return export.write(output, config, 0, {"params": params}, Tokenizers({}), ema=False)
+
+
+def to_folder(exported: export.Export, output: str) -> Path:
+  """Writes the folder that diffusers reads of an export of `kl_autoencoder`."""
+  maps.to_diffusers({name: exported.config.model[name] for name in OPTIONS})
+  folder = new_folder(Path(output).expanduser())
+  write_model(folder, exported.config, exported.variables["params"])
+  return folder
 
 
 def write_model(folder: Path, config: ConfigDict, params: Mapping[str, Any]) -> None:

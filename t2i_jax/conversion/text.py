@@ -15,7 +15,7 @@ from t2i_jax import config as configs
 from t2i_jax.conversion import LENGTH, blamed, dtype_of, new_folder, write_json
 from t2i_jax.errors import UserError
 from t2i_jax.systems.conditioning import GROUP
-from t2i_jax.text.clip import published_of_open_clip
+from t2i_jax.text.clip import EPSILON, published_of_open_clip
 from t2i_jax.text.layers import ACTIVATIONS
 from t2i_jax.text.public_tokenizer import MARKERS, read_tokenizer
 from t2i_jax.text.tokenizer import Tokenizer, Tokenizers
@@ -119,6 +119,33 @@ def open_clip(
   return Encoder("clip", published, maps.OPEN_CLIP_TEXT, tensors, weights, source)
 
 
+def clip(tensors: Tensors, activation: str, source: str) -> Encoder:
+  """CLIP's text tower under transformers' names, whose config.json is not at hand.
+
+  Its heads are of 64 channels, and its markers the last of the vocabulary.
+
+  Raises:
+    UserError: a tensor without which there is no tower is missing.
+  """
+  tower = "text_model."
+  needed = [f"{tower}{name}.weight" for name in (
+    "embeddings.token_embedding", "embeddings.position_embedding", "encoder.layers.0.mlp.fc1"
+  )]  # fmt: skip
+  missing = [name for name in needed if name not in tensors]
+  if missing:
+    raise UserError(f"{source} holds no text encoder of CLIP: {', '.join(missing)} missing")
+  (vocabulary, width), (positions, _), (hidden, _) = (tensors[name].shape for name in needed)
+  layers = {name.split(".")[3] for name in tensors if name.startswith(f"{tower}encoder.layers.")}
+  published = {
+    "model_type": "clip_text_model", "hidden_size": width, "num_hidden_layers": len(layers),
+    "num_attention_heads": max(width // 64, 1), "intermediate_size": hidden,
+    "hidden_act": activation, "vocab_size": vocabulary, "max_position_embeddings": positions,
+    "bos_token_id": vocabulary - 2, "eos_token_id": vocabulary - 1, "projection_dim": width,
+    "layer_norm_eps": EPSILON,
+  }  # fmt: skip
+  return Encoder("clip", published, MAPS["clip"], tensors, source, source)
+
+
 def write(
   output: str, encoder: Encoder, tokenizer_folder: str, reading: Reading, dtype: str = "stored"
 ) -> Path:
@@ -169,12 +196,11 @@ def write(
   return export.write(output, config, 0, {"params": {"encoder": params}}, tokenizers, ema=False)
 
 
-def to_folder(source: str, output: str) -> Path:
+def to_folder(exported: export.Export, output: str) -> Path:
   """Writes the folder that transformers reads of an export that `write` made."""
-  exported = export.read(source)
   if exported.config.system != "pretrained_text":
-    raise UserError(f"{source} is an export of {exported.config.system}; only text encoders that "
-                    "this command converted can be given back")
+    raise UserError(f"{exported.path} is an export of {exported.config.system}; only text encoders "
+                    "that this command converted can be given back so")
   folder = new_folder(Path(output).expanduser())
   (tokenizer,) = exported.tokenizers.of.values()
   write_model(folder, exported.config, exported.variables["params"]["encoder"])
@@ -190,7 +216,7 @@ def write_model(folder: Path, config: ConfigDict, params: Mapping[str, Any]) -> 
 
 
 def write_tokenizer(folder: Path, kind: str, tokenizer: Tokenizer) -> None:
-  """Writes tokenizer.json and tokenizer_config.json, as transformers reads them."""
+  """Writes tokenizer.json and tokenizer_config.json, and the files that older readers want."""
   from tokenizers import Tokenizer as Backend
 
   (folder / "tokenizer.json").write_text(tokenizer.definition, encoding="utf-8")
@@ -204,6 +230,15 @@ def write_tokenizer(folder: Path, kind: str, tokenizer: Tokenizer) -> None:
   write_json(
     folder / "tokenizer_config.json", {"model_max_length": tokenizer.length, **special}
   )
+  model = json.loads(tokenizer.definition)["model"]
+  if kind == "clip" and "merges" in model:
+    named = model["vocab"] | {
+      backend.id_to_token(number): number for number in (tokenizer.start, tokenizer.end)
+    }
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    write_json(folder / "vocab.json", named)
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+    write_json(folder / "special_tokens_map.json", special)
 
 
 def _of_transformers(folder: Path) -> tuple[str, dict[str, Any]]:
