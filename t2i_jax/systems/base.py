@@ -66,6 +66,9 @@ class Player:
       batch (batch norm, contrastive terms, rolled negatives). "approximate":
       accumulation changes the result a little, and warns; "exact": it would
       compute something else, and is refused.
+    shares_forward: whether another player of the step runs most of its forward pass too. Its
+      gradients are then computed at every step, and dropped where it does not move: in a branch
+      of its own the compiler could not merge the two.
     custom_gradients: `(variables, batch, rng, step) -> (gradients by group,
       Aux)` for a player whose gradient is not that of one scalar (VQGAN's
       adaptive weight). The update stays with the step.
@@ -78,6 +81,7 @@ class Player:
   every: int = 1
   repeats: int = 1
   couples_examples: Literal["no", "approximate", "exact"] = "no"
+  shares_forward: bool = False
   custom_gradients: Callable[..., tuple[dict[str, Any], Aux]] | None = None
 
   def gradients(

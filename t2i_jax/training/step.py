@@ -122,10 +122,20 @@ def _alternating(system, optimizers, options, state, batch, rng):
 
     if player.always:
       state, measured = move(state)
+    elif player.shares_forward:
+      state, measured = _kept(player.moves(state.step), move, state)
     else:
       state, measured = every(player.every, player.moves(state.step), move, _stay(move), state)
     metrics.update({f"{player.name}/{k}": v for k, v in measured.items()})
   return state, metrics
+
+
+def _kept(due: Array, move, state: State) -> tuple[State, Metrics]:
+  """A player's move outside of any branch, kept where it is due."""
+  moved, measured = move(state)
+  stayed, absent = _stay(move)(state)
+  choose = lambda new, old: new if new is old else jnp.where(due, new, old)  # noqa: E731
+  return jax.tree.map(choose, moved, stayed), jax.tree.map(choose, measured, absent)
 
 
 def _stay(move):

@@ -95,9 +95,12 @@ def linear(name, **kwargs):
   return Player(name, (name,), lambda v, batch, rng, step: (of(v, name)[0], Aux()), **kwargs)
 
 
-def test_start_every_and_repeats():
-  system = Fake((linear("a", start=2, every=3), linear("b", repeats=2), linear("c", start=1)),
-                params(a=0, b=0, c=0))
+@pytest.mark.parametrize("shares", [False, True], ids=["in a branch", "sharing a forward pass"])
+def test_start_every_and_repeats(shares):
+  system = Fake(
+    (linear("a", start=2, every=3, shares_forward=shares), linear("b", repeats=2),
+     linear("c", start=1, shares_forward=shares)), params(a=0, b=0, c=0)
+  )  # fmt: skip
   step, state = prepared(system, optax.sgd(lambda count: RATE * (count + 1)))
   moved = []
   for _ in range(7):

@@ -173,7 +173,7 @@ class KLAutoencoder(base.System):
     return (
       Player(
         DISCRIMINATOR, (DISCRIMINATOR,), self.discriminator_loss, start=self.adversarial_start,
-        couples_examples="approximate",
+        couples_examples="approximate", shares_forward=True,
       ),
       autoencoder,
     )
