@@ -11,7 +11,10 @@ from t2i_jax.systems import base
 from t2i_jax.systems.conditioning import TextConditioner
 from t2i_jax.systems.perceptual.feature_net import FeatureNet
 from t2i_jax.systems.vae.kl_autoencoder import KLAutoencoder
+from t2i_jax.training import state as states
+from t2i_jax.training.step import StepOptions, make_step
 
+pytestmark = pytest.mark.usefixtures("compiled_programs")
 TEXT = TextConditioner()
 NETWORK = FeatureNet(TEXT, 16, (("colour", 9),), channels=(4, 8), groups=2, width=6)
 SYSTEM = KLAutoencoder(
@@ -25,6 +28,11 @@ PLAIN = dataclasses.replace(
 )  # fmt: skip
 KEY = jax.random.key(3)
 LATE, EARLY = jnp.int32(3), jnp.int32(2)
+
+
+# One program each, for all tests of the system as it is.
+ENCODE, DECODE = jax.jit(SYSTEM.encode), jax.jit(SYSTEM.decode)
+SCORES = jax.jit(SYSTEM.evaluation_loss)
 
 
 def make_batch(rows, seed=0):
@@ -45,7 +53,7 @@ def filled(shapes, seed=9):
 
 
 @pytest.fixture(scope="module")
-def variables():
+def variables(compiled_programs):
   batch = make_batch(2)
   own = jax.eval_shape(SYSTEM.init, jax.random.key(0), batch)
   network = jax.eval_shape(
@@ -62,12 +70,19 @@ def gradients_of():
   }
 
 
+@jax.jit
 def reconstructed(variables, image):
   """Pictures from drawn latents, and the moments, as the loss has them."""
   mean, log_variance = jnp.split(SYSTEM.encode(variables, image), 2, axis=-1)
   noise = jax.random.normal(base.fold_name(KEY, "latent"), mean.shape)
   latents = mean + jnp.exp(0.5 * log_variance) * noise
   return SYSTEM.decode(variables, latents), mean, log_variance
+
+
+@jax.jit
+def judge(variables, image):
+  own = base.group(variables, "discriminator")
+  return SYSTEM.discriminator.apply(own, image, True, mutable=["batch_stats"])[0]
 
 
 def losses(params, variables, batch):
@@ -80,10 +95,7 @@ def losses(params, variables, batch):
   scale = variables["params"]["likelihood"]["log_variance"]
   likelihood = jnp.sum(a_value / jnp.exp(scale) + scale) / len(image)
   kl = 0.5 * jnp.sum(mean**2 + jnp.exp(log_variance) - 1 - log_variance) / len(image)
-  logits, _ = SYSTEM.discriminator.apply(
-    base.group(variables, "discriminator"), picture, True, mutable=["batch_stats"]
-  )
-  return likelihood, kl, -jnp.mean(logits)
+  return likelihood, kl, -jnp.mean(judge(variables, picture))
 
 
 def test_is_a_first_stage_with_a_held_out_loss():
@@ -99,20 +111,24 @@ def test_encode_gives_moments_within_bounds_and_decode_pictures(variables):
   large = jax.tree.map(lambda x: 100.0 * x, variables["params"]["encoder"]["conv_out"])
   encoder = {**variables["params"]["encoder"], "conv_out": large}
   image = base.normalize_images(make_batch(2)["image"])
-  moments = SYSTEM.encode(base.with_params(variables, {"encoder": encoder}), image)
+  moments = ENCODE(base.with_params(variables, {"encoder": encoder}), image)
   assert moments.shape == (2, 8, 8, 4)
   assert np.min(moments[..., 2:]) == -30 and np.max(moments[..., 2:]) == 20
   assert np.abs(moments[..., :2]).max() > 30
-  assert SYSTEM.decode(variables, moments[..., :2]).shape == (2, 16, 16, 3)
+  assert DECODE(variables, moments[..., :2]).shape == (2, 16, 16, 3)
 
 
 def test_the_gradient_is_of_all_losses_by_the_adaptive_weight(variables, gradients_of):
   batch = make_batch(3)
   params = {name: variables["params"][name] for name in ("encoder", "decoder", "likelihood")}
-  likelihood, kl, fooled = losses(params, variables, batch)
-  of = [
-    jax.jit(jax.grad(lambda p, i=i: losses(p, variables, batch)[i]))(params) for i in range(3)
-  ]
+
+  @jax.jit
+  def derived(params):
+    values, pull_back = jax.vjp(lambda p: losses(p, variables, batch), params)
+    one = jnp.eye(len(values))
+    return values, [pull_back(tuple(row))[0] for row in one]
+
+  (likelihood, kl, fooled), of = derived(params)
   lengths = [np.linalg.norm(np.ravel(g["decoder"]["conv_out"]["kernel"])) for g in of]
   weight = 0.5 * lengths[0] / (lengths[2] + 1e-4)
   expected = jax.tree.map(lambda a, b, c: a + 0.01 * b + weight * c, *of)
@@ -175,10 +191,7 @@ def test_discriminator_sees_detached_reconstructions_by_batch_statistics(variabl
   assert set(gradients) == {"discriminator"} and optax.tree.norm(gradients["discriminator"]) > 0
   image = base.normalize_images(batch["image"])
   picture, *_ = reconstructed(variables, image)
-  own = base.group(variables, "discriminator")
-  logits = [
-    SYSTEM.discriminator.apply(own, x, True, mutable=["batch_stats"])[0] for x in (image, picture)
-  ]
+  logits = [judge(variables, x) for x in (image, picture)]
   expected = 0.5 * (np.maximum(1 - logits[0], 0).mean() + np.maximum(1 + logits[1], 0).mean())
   np.testing.assert_allclose(aux.metrics["loss"], expected, rtol=1e-4)
   assert set(aux.collections["batch_stats"]) == {"discriminator"}
@@ -190,44 +203,37 @@ def test_discriminator_sees_detached_reconstructions_by_batch_statistics(variabl
   assert optax.tree.norm({k: v for k, v in whole.items() if k != "discriminator"}) == 0
 
 
+def flops(f, *args):
+  return jax.jit(f).lower(*args).compile().cost_analysis()["flops"]
+
+
 def test_both_players_make_one_reconstruction(variables):
-  """The step's promise, where the discriminator moves from the first step on."""
-  system = dataclasses.replace(SYSTEM, adversarial_start=0)
+  """The step's promise, although the discriminator begins later."""
   batch = make_batch(4)
-  discriminator, autoencoder = system.players
-  shapes = jax.eval_shape(lambda: variables)
-
-  def first(variables):
-    return discriminator.gradients(variables, batch, KEY, LATE)
-
-  def second(variables):
-    return autoencoder.gradients(variables, batch, KEY, LATE)
-
-  def both(variables):
-    gradients, aux = first(variables)
-    trained = jax.tree.map(
-      lambda p, g: p - 0.1 * g, variables["params"]["discriminator"], gradients["discriminator"]
-    )
-    variables = base.with_params(variables, {"discriminator": trained})
-    return trained, second(base.merge(variables, aux.collections))
-
-  def flops(f):
-    return jax.jit(f).lower(shapes).compile().cost_analysis()["flops"]
-
-  forward = flops(lambda v: system._features(v, base.normalize_images(batch["image"]), KEY)[0])
-  assert flops(both) < flops(first) + flops(second) - 0.8 * forward
+  image = base.normalize_images(batch["image"])
+  optimizers = {player.name: optax.sgd(0.1) for player in SYSTEM.players}
+  frozen, _ = base.split(variables, SYSTEM.frozen_groups)
+  state = jax.eval_shape(lambda: states.create(SYSTEM, optimizers, 0, batch, frozen, False))
+  step = flops(make_step(SYSTEM, optimizers, StepOptions(ema_decay=0.0)), state, batch)
+  alone = sum(
+    flops(lambda v, player=player: player.gradients(v, batch, KEY, LATE), variables)
+    for player in SYSTEM.players
+  )
+  forward = flops(lambda v: SYSTEM._features(v, image, KEY)[0], variables)
+  updates = 3 * sum(x.size for x in jax.tree.leaves(variables))
+  assert step < alone + updates - 0.8 * forward
 
 
 def test_held_out_scores_are_of_the_mean_latents(variables):
   batch = make_batch(3)
-  found = jax.jit(SYSTEM.evaluation_loss)(variables, batch, KEY)
-  other = jax.jit(SYSTEM.evaluation_loss)(variables, batch, jax.random.key(4))
+  found = SCORES(variables, batch, KEY)
+  other = SCORES(variables, batch, jax.random.key(4))
   assert set(found) == {"error", "psnr", "kl", "feature_net"}
   assert all(value.shape == (3,) for value in found.values())
   jax.tree.map(np.testing.assert_array_equal, found, other)
   image = base.normalize_images(batch["image"])
-  mean = SYSTEM.encode(variables, image)[..., :2]
-  picture = np.clip(SYSTEM.decode(variables, mean), -1, 1)
+  mean = ENCODE(variables, image)[..., :2]
+  picture = np.clip(DECODE(variables, mean), -1, 1)
   np.testing.assert_allclose(found["error"], np.abs(picture - image).mean((1, 2, 3)), rtol=1e-4)
   # In units of 8-bit values, whose peak is 255.
   square = np.mean((127.5 * (picture - image)) ** 2, axis=(1, 2, 3))
@@ -235,7 +241,7 @@ def test_held_out_scores_are_of_the_mean_latents(variables):
   black = {"image": np.zeros((1, 16, 16, 3), np.uint8)}
   decoder = jax.tree.map(jnp.zeros_like, variables["params"]["decoder"])
   decoder["conv_out"]["bias"] = decoder["conv_out"]["bias"] - 1.0
-  perfect = SYSTEM.evaluation_loss(
+  perfect = SCORES(
     base.with_params(variables, {"decoder": decoder}), black, KEY
   )
   np.testing.assert_allclose(perfect["psnr"], 10 * np.log10(4e10), rtol=1e-4)
