@@ -78,8 +78,8 @@ def write(output: str | Path, autoencoder: Autoencoder, dtype: str = "stored") -
   export.check_replaceable(output)
   options, tensors = autoencoder.options, autoencoder.tensors
   config = recipe.base("kl_autoencoder", "folder")
-  config.model.update(**options, perceptual_weight=0.0, adversarial_weight=0.0)
   with blamed(f"the autoencoder in {autoencoder.source}"):
+    config.model.update(**options, perceptual_weight=0.0, adversarial_weight=0.0)
     system = assembly.build_system(config)
     batch = assembly.abstract_batch(system, 1)
     variables = jax.eval_shape(lambda batch: system.init(jax.random.key(0), batch), batch)

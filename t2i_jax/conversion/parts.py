@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from t2i_jax import assembly, export, recipe
 from t2i_jax.conversion import blamed, dtype_of
@@ -70,17 +71,8 @@ def write(
     for name, part in parts.items()
   }  # fmt: skip
   first_stage = parts[FIRST_STAGE].config.model
-  factor = 2 ** (len(first_stage.multipliers) - 1)
-  resolution = resolution or factor * model.options["resolution"] or first_stage.resolution
-  config = recipe.base(model.system, "folder")
-  names = set(config.model) & {field.name for field in dataclasses.fields(UNet)}
-  config.model.update(
-    {name: model.options[name] for name in names if name in model.options}, resolution=resolution,
-    latent_scale=first_stage.scale, latent_shift=first_stage.shift,
-    weighting=model.process["prediction"], **model.process,
-  )  # fmt: skip
-  config.text.update(encoder="component", **model.text)
-  config.sample.options.update(model.sampling)
+  with blamed(model.source):
+    config = _config(model, first_stage, resolution)
   variables: dict[str, Any] = {}
   for name, part in parts.items():
     for kind, groups in part.variables.items():
@@ -104,6 +96,21 @@ def write(
     name: part.tokenizers.of[GROUP] for name, part in parts.items() if part.tokenizers.of
   })
   return export.write(output, config, 0, variables, tokenizers, about, ema=False)
+
+
+def _config(model: Model, first_stage: ConfigDict, resolution: int) -> ConfigDict:
+  factor = 2 ** (len(first_stage.multipliers) - 1)
+  resolution = resolution or factor * model.options["resolution"] or first_stage.resolution
+  config = recipe.base(model.system, "folder")
+  names = set(config.model) & {field.name for field in dataclasses.fields(UNet)}
+  config.model.update(
+    {name: model.options[name] for name in names if name in model.options}, resolution=resolution,
+    latent_scale=first_stage.scale, latent_shift=first_stage.shift,
+    weighting=model.process["prediction"], **model.process,
+  )  # fmt: skip
+  config.text.update(encoder="component", **model.text)
+  config.sample.options.update(model.sampling)
+  return config
 
 
 def workplace(output: str) -> tempfile.TemporaryDirectory:
