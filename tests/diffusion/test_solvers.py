@@ -1,3 +1,5 @@
+from functools import cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +25,7 @@ def process_of(name):
   return PROCESSES["flow" if SOLVERS[name].of_flow else "linear"]
 
 
+@cache
 def exact(mean, deviation):
   """E[x_0 | x_t] of data N(mean, deviation^2), and the noise that goes with it."""
 
@@ -40,14 +43,20 @@ def grid_of(solver, process, steps, **options):
   return make_grid(process, steps, convention=solver.convention, **options)
 
 
-def draw(solver, process, predict, steps, shape=(1024,), rows=8, seed=0, **options):
+# One program for all tables of one form.
+SOLVE = jax.jit(solve, static_argnames=("predict",))
+START = jax.jit(start_noise, static_argnames=("shape",))
+
+
+def drawn(table, deviation, keys, predict, shape):
+  start = np.float32(deviation) * START(keys, shape)
+  return SOLVE(jax.tree.map(np.float32, table), predict, start, keys), start
+
+
+def draw(solver, process, predict, steps, shape=(1024,), rows=8, seed=0):
   """Samples, and the start that they came from."""
-  grid, keys = grid_of(solver, process, steps, **options), jax.random.split(
-    jax.random.key(seed), rows
-  )
-  start = grid.deviation * start_noise(keys, shape)
-  table = jax.tree.map(np.float32, solver(grid))
-  return jax.jit(lambda x: solve(table, predict, x, keys))(start), start
+  grid, keys = grid_of(solver, process, steps), jax.random.split(jax.random.key(seed), rows)
+  return drawn(solver(grid), grid.deviation, keys, predict, shape)
 
 
 def flowed(start, first, last, mean, deviation):
@@ -238,12 +247,10 @@ def test_solvers_that_are_one(first, second):
 def test_a_picture_depends_on_its_key_alone(name):
   solver, process = make_solver(name), process_of(name)
   keys, grid = jax.random.split(jax.random.key(5), 3), grid_of(solver, process, 5)
-
-  def run(keys):
-    x = grid.deviation * start_noise(keys, (4, 4, 1))
-    return solve(solver(grid), exact(0.2, 0.4), x, keys)
-
-  together, alone = jax.jit(run)(keys), jax.jit(run)(keys[1:2])
+  table = solver(grid)
+  together, alone = (
+    drawn(table, grid.deviation, k, exact(0.2, 0.4), (4, 4, 1))[0] for k in (keys, keys[1:2])
+  )
   np.testing.assert_allclose(together[1:2], alone, atol=1e-6)
   assert np.abs(together[0] - together[1]).max() > 0.1
 
