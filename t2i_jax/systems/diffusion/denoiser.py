@@ -1,0 +1,446 @@
+"""What every diffusion system shares: corruption, loss, and sampling with guidance.
+
+A system of this family says what its clean data is (pixels, or latents) and which network reads
+them; how they are corrupted, which times are trained, what the network's output means, which
+errors count and how samples are drawn is put together here from `t2i_jax/diffusion/`.
+"""
+
+import abc
+import dataclasses
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from t2i_jax.diffusion import editing, guidance, solvers, thresholding, variance
+from t2i_jax.diffusion.combination import check_combination
+from t2i_jax.diffusion.grid import make_grid, start_index
+from t2i_jax.diffusion.parameterization import Prediction, make_parameterization, noise_of
+from t2i_jax.diffusion.process import DiscreteProcess, expand, shifted
+from t2i_jax.diffusion.schedules import make_process
+from t2i_jax.diffusion.timesteps import make_density
+from t2i_jax.diffusion.weighting import make_weighting
+from t2i_jax.errors import UserError, unknown
+from t2i_jax.networks.unet import ATTENTIONS
+from t2i_jax.systems import base
+from t2i_jax.systems.base import GUIDE, Array, Aux, Batch, Conditioning, Field, Player, Variables
+from t2i_jax.systems.conditioning import TextConditioner
+
+DENOISER = "denoiser"
+# What `Conditioning.extra` holds for the sampler and not for the network: what to begin with, and
+# where it is to stay.
+START, KNOWN = "start", "known"
+GUIDANCES = ("classifier_free", "projected")
+
+
+@struct.dataclass
+class Options:
+  """Sampling options.
+
+  Attributes:
+    solver, order: one of `diffusion.solvers.SOLVERS`: "ddpm" (ancestral), "ddim", "dpmpp_2m"...
+    steps: of the solver; of most, network evaluations a picture.
+    spacing, offset, final_sigma: of the steps; see `diffusion.grid.make_grid`.
+    guidance: scale of the text's guidance; 1 is the conditional model alone.
+    guidance_kind: "classifier_free", or "projected" (Sadat et al. 2024), whose are the options
+      `momentum`, `threshold` and `parallel`; see `diffusion.guidance.projected`.
+    guidance_low, guidance_high: guidance is left out where sigma / alpha is not between them; 0 as
+      the high one is no bound (Kynkaanniemi et al. 2024).
+    rescale: share to which guided outputs get the deviation of unguided ones (Lin et al. 2024).
+    guide_scale: of the component `guide`, if there is one.
+    eta: of DDIM.
+    variance: of the ancestral solver, "small" or "large", or "learned" where the network does.
+    clip: clip the predicted x_0 to [-1, 1] at every step.
+    dynamic: clip to this quantile of each picture in place of 1, and scale back to [-1, 1]
+      (Saharia et al. 2022, section 2.3); 0 for none.
+    strength: share of the steps that are taken where a picture is given to begin with.
+    height, width: of the pictures, in pixels; 0 for those that were trained on.
+  """
+
+  solver: str = struct.field(pytree_node=False, default="ddim")
+  order: int = struct.field(pytree_node=False, default=2)
+  steps: int = struct.field(pytree_node=False, default=50)
+  spacing: str = struct.field(pytree_node=False, default="natural")
+  offset: int = struct.field(pytree_node=False, default=0)
+  final_sigma: str = struct.field(pytree_node=False, default="zero")
+  guidance: float = 2.0
+  guidance_kind: str = struct.field(pytree_node=False, default="classifier_free")
+  guidance_low: float = 0.0
+  guidance_high: float = 0.0
+  rescale: float = 0.0
+  momentum: float = -0.5
+  threshold: float = struct.field(pytree_node=False, default=0.0)
+  parallel: float = 0.0
+  guide_scale: float = 1.0
+  eta: float = struct.field(pytree_node=False, default=0.0)
+  variance: str = struct.field(pytree_node=False, default="small")
+  clip: bool = struct.field(pytree_node=False, default=True)
+  dynamic: float = struct.field(pytree_node=False, default=0.0)
+  strength: float = struct.field(pytree_node=False, default=1.0)
+  height: int = struct.field(pytree_node=False, default=0)
+  width: int = struct.field(pytree_node=False, default=0)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Denoiser(base.System):
+  """See the module's docstring.
+
+  Attributes:
+    text: turns captions into conditioning.
+    resolution: side of the pictures, in pixels.
+    schedule, steps, beta_start, beta_end, zero_terminal_snr, sigma_min, sigma_max, shift: of the
+      process; see `diffusion.schedules`. What is None is as published.
+    prediction, sigma_data: what the network outputs; see `diffusion.parameterization`.
+    weighting, weighting_bound: which error the loss measures; see `diffusion.weighting`.
+    learned_variance: whether the network has a second output, the variance of the reverse process
+      (Nichol and Dhariwal 2021, section 3.1), which is trained by the variational bound.
+    density, density_mean, density_spread, time_shift: which times are trained; see
+      `diffusion.timesteps`. What is None is as published.
+    offset_noise: of a noise that is the same over a picture's positions, beside the noise of each;
+      0.05 in SDXL's last stage (Podell et al. 2023, section 2.5).
+    components: frozen systems by their role, `guide` among them.
+    dtype: type of the computation.
+  """
+
+  Options = Options
+  roles: ClassVar[tuple[str, ...]] = (GUIDE,)
+
+  text: TextConditioner
+  resolution: int = 32
+  schedule: str = "linear"
+  steps: int = 1000
+  beta_start: float | None = None
+  beta_end: float | None = None
+  zero_terminal_snr: bool = False
+  sigma_min: float | None = None
+  sigma_max: float | None = None
+  shift: float | None = None
+  prediction: str = "epsilon"
+  sigma_data: float = 0.5
+  weighting: str = "epsilon"
+  weighting_bound: float = 5.0
+  learned_variance: bool = False
+  density: str = "uniform"
+  density_mean: float | None = None
+  density_spread: float | None = None
+  time_shift: float = 1.0
+  offset_noise: float = 0.0
+  components: Mapping[str, base.System] = dataclasses.field(default_factory=dict)
+  dtype: Any = jnp.float32
+
+  def __post_init__(self):
+    base.check_positive("model", self, "resolution")
+    if self.time_shift <= 0:
+      raise UserError(f"model.time_shift={self.time_shift} is not positive; 1 shifts nothing")
+    if self.offset_noise < 0:
+      raise UserError(f"model.offset_noise={self.offset_noise} is negative; 0 is none")
+    for name in self.components:
+      if name not in self.roles:
+        raise UserError(f"{type(self).__name__} takes no component '{name}', only "
+                        f"{', '.join(self.roles)}; text encoders are those that text.encoders "
+                        "names, with text.encoder=component")
+    # Wrong names are found when the system is built, not when it first trains.
+    self.process, self.weight, self.times  # noqa: B018
+    check_combination(self.process, self.parameterization)
+    if self.learned_variance and not isinstance(self.process, DiscreteProcess):
+      raise UserError(f"model.learned_variance is of processes in steps, and model.schedule="
+                      f"{self.schedule} has none; leave one of them out")
+    if GUIDE in self.components:
+      self._check_guide()
+
+  def _check_guide(self) -> None:
+    """Raises UserError unless the guide knows pictures noised as these are."""
+    base.require(self.guide, base.Guide, f"components.{GUIDE}")
+    u = np.linspace(0.0, 1.0, 9)
+    ours, theirs = (
+      [np.asarray(f(p.time(jnp.float32(u)))) for f in (p.alpha, p.sigma)]
+      for p in (self.process, self.guide.process)
+    )
+    if not np.allclose(ours, theirs, atol=1e-4):
+      raise UserError(f"components.{GUIDE} was trained on pictures noised by another process than "
+                      f"model.schedule={self.schedule} in model.steps={self.steps}; train it on "
+                      "this one")
+
+  @cached_property
+  def process(self):
+    return make_process(
+      self.schedule, self.steps, shift=self.shift, zero_terminal_snr=self.zero_terminal_snr,
+      beta_start=self.beta_start, beta_end=self.beta_end, sigma_min=self.sigma_min,
+      sigma_max=self.sigma_max,
+    )  # fmt: skip
+
+  @cached_property
+  def parameterization(self):
+    return make_parameterization(self.prediction, self.sigma_data)
+
+  @cached_property
+  def weight(self):
+    return make_weighting(self.weighting, self.weighting_bound, sigma_data=self.sigma_data)
+
+  @cached_property
+  def times(self):
+    return make_density(
+      self.density, self.density_spread, mean=self.density_mean, process=self.process
+    )
+
+  @property
+  def guide(self) -> Any:
+    return self.components.get(GUIDE)
+
+  @property
+  def labels(self) -> tuple[tuple[str, int], ...]:
+    return self.guide.labels if self.guide else ()
+
+  @property
+  def outputs(self) -> int:
+    """Arrays of the data's shape that the network gives."""
+    return 2 if self.learned_variance else 1
+
+  @property
+  def players(self) -> tuple[Player, ...]:
+    return (Player("denoiser", self.ema_groups, self.loss),)
+
+  @property
+  def ema_groups(self) -> tuple[str, ...]:
+    return (*self.text.groups, DENOISER)
+
+  @property
+  def frozen_groups(self) -> tuple[str, ...]:
+    return (*self.text.frozen_groups, *self.components)
+
+  @property
+  def shape(self) -> tuple[int, int, int]:
+    """Of one example as it is modelled, (height, width, channels)."""
+    return (self.resolution, self.resolution, 3)
+
+  def shape_of(self, height: int, width: int) -> tuple[int, int, int]:
+    """The same for pictures of another size; UserError for one that cannot be drawn."""
+    if (height, width) != (self.resolution, self.resolution):
+      raise UserError(f"{type(self).__name__} draws pictures of model.resolution={self.resolution} "
+                      "alone; leave height and width out")
+    return self.shape
+
+  def batch_spec(self) -> dict[str, Field]:
+    image = Field((self.resolution, self.resolution, 3), "uint8")
+    return {"image": image, **self.text.batch_spec()}
+
+  @abc.abstractmethod
+  def output(
+    self, variables: Variables, x: Array, t: Array, given: Conditioning, **kwargs: Any
+  ) -> Array:
+    """The network's output [B, h, w, outputs * c].
+
+    Args:
+      variables: of the system.
+      x: noised data [B, h, w, c], scaled as the parameterization has it.
+      t: [B], as `Process.embedded` gives them.
+      given: the condition.
+      **kwargs: `train` and `rngs` of the network.
+    """
+
+  @abc.abstractmethod
+  def init_denoiser(self, rng: Array, x: Array, given: Conditioning) -> Variables:
+    """Fresh variables of the network, as Linen has them."""
+
+  def clean(self, variables: Variables, batch: Batch, rng: Array) -> Array:
+    """What is modelled, float32 [B, h, w, c], of a batch."""
+    return base.normalize_images(batch["image"])
+
+  def given(self, variables: Variables, batch: Batch, rng: Array | None = None) -> Conditioning:
+    """The condition of a batch; with `rng`, captions are dropped as in training."""
+    return self.text(variables, batch, rng)
+
+  def init(
+    self, rng: Array, batch: Batch, frozen: Variables = base.NO_VARIABLES
+  ) -> dict[str, dict[str, Any]]:
+    text = self.text.init(base.fold_name(rng, "text_encoder"), batch, frozen)
+    given = self.given(base.merge(text, frozen), batch)
+    rows = jax.tree.leaves(batch)[0].shape[0]
+    denoiser = self.init_denoiser(
+      base.fold_name(rng, DENOISER), jnp.zeros((rows, *self.shape)), given
+    )
+    return base.merge(text, base.as_group(DENOISER, denoiser))
+
+  def loss(self, variables: Variables, batch: Batch, rng: Array, step: Array):
+    """The weighted error of Ho et al. 2020, algorithm 1, averaged over the batch."""
+    given = self.given(variables, batch, rng)
+    return jnp.mean(self.errors(variables, batch, given, rng, train=True)), Aux()
+
+  def evaluation_loss(self, variables: Variables, batch: Batch, rng: Array) -> dict[str, Array]:
+    """The training error of each example [B], without dropout of captions or units."""
+    given = self.given(variables, batch)
+    return {"loss": self.errors(variables, batch, given, rng, train=False)}
+
+  def errors(
+    self, variables: Variables, batch: Batch, given: Conditioning, rng: Array, train: bool
+  ) -> Array:
+    """Each example's weighted error [B] at a time of its own."""
+    x_0 = self.clean(variables, batch, rng)
+    u = shifted(self.times(base.fold_name(rng, "time"), len(x_0)), self.time_shift)
+    t = self.process.time(u)
+    noise = jax.random.normal(base.fold_name(rng, "noise"), x_0.shape)
+    if self.offset_noise:
+      offset = jax.random.normal(
+        base.fold_name(rng, "offset_noise"), (len(x_0), 1, 1, x_0.shape[-1])
+      )
+      noise = noise + self.offset_noise * offset
+    alpha, sigma = (expand(f(t), x_0.ndim) for f in (self.process.alpha, self.process.sigma))
+    x_t = self.process.corrupt(x_0, noise, t)
+    output, share = self._split(self.output(
+      variables, x_t * self.parameterization.input_scale(alpha, sigma), self.process.embedded(t),
+      given, train=train, rngs={"dropout": base.fold_name(rng, "dropout")},
+    ))  # fmt: skip
+    target = self.parameterization.target(x_0, noise, alpha, sigma)
+    scale = self.parameterization.error_scale(alpha, sigma)
+    weight = self.weight(expand(self.process.snr(t), x_0.ndim)) / scale**2
+    errors = jnp.mean(weight * jnp.square(output - target), axis=(1, 2, 3))
+    if share is None:
+      return errors
+    predicted = self.parameterization.predict(x_t, output, alpha, sigma).x_0
+    bound = variance.bound(self.process, x_0, x_t, t, predicted, share)
+    return errors + variance.WEIGHT * self.process.steps * bound
+
+  def _split(self, output: Array) -> tuple[Array, Array | None]:
+    """The network's output, and the share of the larger variance, if it is learned."""
+    if not self.learned_variance:
+      return output, None
+    output, share = jnp.split(output, 2, axis=-1)
+    return output, variance.fraction(share)
+
+  def condition(self, variables: Variables, batch: Batch) -> Conditioning:
+    """The condition of prompts with its null, what the guide reads of them, and what to begin with.
+
+    `batch` may bring `image`, uint8 [B, H, W, 3], to begin with, and `known`, bool [B, H, W, 1],
+    where it is to stay.
+    """
+    given = self.text.with_null(variables, batch)
+    extra = {}
+    if self.guide:
+      read = {"label": batch.get("label"), "text": batch.get("text", {}).get(GUIDE)}
+      extra[GUIDE] = self.guide.read(base.group(variables, GUIDE), read)
+    if "image" in batch:
+      extra[START] = self.encoded(variables, base.normalize_images(batch["image"]))
+    if KNOWN in batch:
+      extra[KNOWN] = self.kept(batch[KNOWN])
+    return given.replace(extra={**given.extra, **extra})
+
+  def encoded(self, variables: Variables, images: Array) -> Array:
+    """Pictures [B, H, W, 3] in [-1, 1] as what is modelled."""
+    return images
+
+  def kept(self, known: Array) -> Array:
+    """Where what is modelled is known, float32 [B, h, w, 1], of pixels bool [B, H, W, 1]."""
+    return known.astype(jnp.float32)
+
+  def prepared(self, conditioning: Conditioning, options: Any) -> Conditioning:
+    """Conditioning with what the sampling options say of it."""
+    return conditioning
+
+  def sample(
+    self, variables: Variables, conditioning: Conditioning, keys: Array, options: Any
+  ) -> Array:
+    """Samples [B, h, w, c] of what is modelled; both branches of the guidance as one batch."""
+    solver = self._solver(options)
+    grid = make_grid(
+      self.process, options.steps, options.spacing, offset=options.offset,
+      convention=solver.convention, final_sigma=options.final_sigma,
+    )
+    extra = dict(conditioning.extra)
+    reading, start, known = (extra.pop(name, None) for name in (GUIDE, START, KNOWN))
+    shape = self.shape_of(options.height or self.resolution, options.width or self.resolution)
+    noise = solvers.start_noise(keys, shape)
+    if start is None:
+      x = grid.deviation * noise
+    else:
+      grid = grid.after(start_index(options.steps, options.strength))
+      x = editing.noised(start, noise, grid.alpha[0], grid.sigma[0])
+    given = self.prepared(conditioning.replace(extra=extra), options)
+
+    def predict(x: Array, row: solvers.Row, average: Any):
+      prediction, share, average = self._predicted(variables, x, row, given, average, options)
+      if options.dynamic:
+        prediction = thresholding.dynamic(prediction, x, row.alpha, row.sigma, options.dynamic)
+      elif options.clip:
+        prediction = thresholding.static(prediction, x, row.alpha, row.sigma)
+      if known is not None:
+        prediction = editing.inpainted(prediction, x, row.alpha, row.sigma, start, known)
+      gradient = None
+      if self.guide:
+        gradient = options.guide_scale * self._guide_gradient(variables, x, row.time, reading)
+      return solvers.Evaluation(*prediction, share, gradient), average
+
+    average = jnp.zeros_like(x) if options.guidance_kind == "projected" else ()
+    return solvers.solve(solver(grid), predict, x, keys, average)
+
+  def _solver(self, options: Any) -> solvers.Solver:
+    """The solver of the options, which are checked."""
+    solver = solvers.make_solver(options.solver, options.eta, options.variance, options.order)
+    check_combination(self.process, self.parameterization, solver)
+    if options.variance == "learned" and not self.learned_variance:
+      raise UserError("sampling option variance=learned: this network has learned none; use small "
+                      "or large")
+    if options.guidance_kind not in GUIDANCES:
+      raise unknown("sampling option guidance_kind", options.guidance_kind, GUIDANCES)
+    if not 0.0 <= options.dynamic <= 1.0:
+      raise UserError(f"sampling option dynamic={options.dynamic} is no quantile; use 0 to 1")
+    return solver
+
+  def _predicted(
+    self, variables, x: Array, row: solvers.Row, given: Conditioning, average: Any, options: Any
+  ) -> tuple[Prediction, Array | None, Any]:
+    """The guided prediction, the share of the larger variance, and what projection remembers."""
+    alpha, sigma = row.alpha, row.sigma
+    time = self.process.embedded(row.time)
+    scaled = x * self.parameterization.input_scale(alpha, sigma)
+    if given.null is None:
+      output, share = self._split(self.output(variables, scaled, jnp.full(len(x), time), given))
+      return self.parameterization.predict(x, output, alpha, sigma), share, average
+    doubled = jax.tree.map(guidance.interleave, given.replace(null=None), given.null)
+    outputs = self.output(variables, guidance.both(scaled), jnp.full(2 * len(x), time), doubled)
+    output, null = guidance.separate(outputs)
+    (output, share), (null, _) = self._split(output), self._split(null)
+    high = jnp.where(options.guidance_high > 0, options.guidance_high, jnp.inf)
+    scale = guidance.scale_within(
+      jnp.asarray(options.guidance, x.dtype), alpha, sigma, options.guidance_low, high
+    )
+    if options.guidance_kind == "projected":
+      x_0, null_x_0 = (
+        self.parameterization.predict(x, part, alpha, sigma).x_0 for part in (output, null)
+      )
+      x_0, average = guidance.projected(
+        x_0, null_x_0, scale, average, options.momentum, options.threshold, options.parallel
+      )
+      return Prediction(x_0, noise_of(x, x_0, alpha, sigma)), share, average
+    guided = guidance.classifier_free(output, null, scale)
+    guided = guidance.rescaled(guided, output, options.rescale)
+    return self.parameterization.predict(x, guided, alpha, sigma), share, average
+
+  def _guide_gradient(self, variables, x: Array, time: Array, reading: Any) -> Array:
+    own = base.group(variables, GUIDE)
+
+    def log_prob(x: Array) -> Array:
+      given = Conditioning(extra=reading)
+      return jnp.sum(self.guide.log_prob(own, x, jnp.full(len(x), time), given))
+
+    return jax.grad(log_prob)(x)
+
+
+def check_network(values: Any) -> None:
+  """Raises UserError for U-Net options that make no network."""
+  base.check_positive(
+    "model", values, "channels", "multipliers", "blocks", "groups", "middle_depth"
+  )
+  if values.attention not in ATTENTIONS:
+    raise unknown("model.attention", values.attention, ATTENTIONS)
+  if values.depths and len(values.depths) != len(values.multipliers):
+    raise UserError(f"model.depths={values.depths} has {len(values.depths)} entries, "
+                    f"model.multipliers {len(values.multipliers)}; give one a level")
+  # The middle, which is as wide as the last level, always attends.
+  always, positions = (len(values.multipliers) - 1,), values.attention == "compact"
+  base.check_levels(values, always, positions and values.positions)
+  if not 0.0 <= values.dropout < 1.0:
+    raise UserError(f"model.dropout={values.dropout} is out of range; use 0 to below 1")
