@@ -200,15 +200,21 @@ def test_ddpm_with_a_learned_variance(monkeypatch):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_plms(schedule):
-  # Of other predictions the reference averages the outputs themselves, and not the noise.
-  for spacing, counts in ((LEADING, (*COUNTS, 3, 30)), (TRAILING, COUNTS)):
+  # Of other predictions the reference averages the outputs themselves, and not the noise. The
+  # second is Stable Diffusion 1's own.
+  for spacing, final_sigma, counts in (
+    (LEADING, "zero", (*COUNTS, 3, 30)), (LEADING, "sigma_min", COUNTS), (TRAILING, "zero", COUNTS),
+  ):
     scheduler = scheduler_of(
-      diffusers.PNDMScheduler, schedule, spacing, skip_prk_steps=True, set_alpha_to_one=True
+      diffusers.PNDMScheduler, schedule, spacing, skip_prk_steps=True,
+      set_alpha_to_one=final_sigma == "zero",
     )
     for steps in counts:
       if schedule == "cosine" and spacing is TRAILING:
         continue  # alpha is 5e-5 at the start: all points are rounding errors of the first.
-      process, solver, grid, x, keys = case(schedule, "plms", spacing, steps)
+      process, solver, grid, x, keys = case(
+        schedule, "plms", spacing | {"final_sigma": final_sigma}, steps
+      )
       outputs = outputs_of(solver(grid).evaluations, steps)
       given = ours("epsilon", solver, grid, x, outputs, keys)
       scheduler.set_timesteps(steps)
