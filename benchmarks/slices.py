@@ -3,9 +3,9 @@
   python benchmarks/slices.py sd1 --topology=v5e:4x4 --batch-size=64     # needs jax[tpu]
   python benchmarks/slices.py sdxl --topology=v5p:2x2x2 --search
 
-The config's own step (AdamW, moving average, bfloat16 compute, rematerialised blocks) on latents and
-text features that are stored, as on a pod; parameters, their average and the optimizer's state are
-spread over all chips. `--search` doubles the batch while it fits, then halves the last interval.
+The config's own step (AdamW, moving average, bfloat16 compute, rematerialised blocks) on latents
+and text features that are stored, as on a pod; parameters, their average and the optimizer's state
+are spread over all chips. `--search` doubles the batch while it fits, then halves the last interval.
 """
 
 import argparse

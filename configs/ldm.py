@@ -11,6 +11,8 @@
 The first stage is trained on its own; its latents are stored once, and the second stage trains on
 them without decoding a picture. Leave `precompute` and `data.latents` out to encode as one goes.
 
+Expected: not known, no size was trained to its end here.
+
 Arguments:
   size: "small" (64 px, for two CPU cores, the default); "1.4B", the published text-to-image network
     (256 px, KL-f8) with a text transformer that is trained with it; "tiny", for tests.
@@ -29,10 +31,9 @@ PUBLISHED = dict(
   multipliers=(1, 2, 4, 4), blocks=2, attention_levels=(0, 1, 2), heads=8, groups=32,
 )
 SIZES = {
-  # Latents of 8 x 8 or 16 x 16: positions and coordinates tell the small network what is where.
-  "small": dict(resolution=64, channels=64, multipliers=(1, 2), attention="compact",
-                attention_levels=(0, 1), blocks=1, heads=2, groups=16, epsilon=1e-6, coordinates=3,
-                mlp_ratio=2.0, scale_shift=True, symmetric=False, schedule="cosine",
+  # Coordinates tell the small network what is where.
+  "small": dict(resolution=64, channels=64, multipliers=(1, 2), attention_levels=(0, 1),
+                blocks=1, heads=2, groups=16, coordinates=3, scale_shift=True, schedule="cosine",
                 prediction="v", weighting="v_bounded", weighting_bound=10.0,
                 density="logit_normal"),
   "1.4B": dict(PUBLISHED, resolution=256, latent_scale=0.18215),

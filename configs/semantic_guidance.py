@@ -3,13 +3,14 @@
   python -m t2i_jax.main --config=configs/clip.py --workdir=runs/clip
   python -m t2i_jax.main --config=configs/semantic_guidance.py --workdir=runs/semantic \\
     --config.components.clip=runs/clip/export
-  python -m t2i_jax.main --config=configs/adm.py --workdir=runs/adm
-  python -m t2i_jax.sample --export=runs/adm/export --guide=runs/semantic/export \\
+  python -m t2i_jax.main --config=configs/ddpm.py --workdir=runs/base \\
+    --config.text.encoder=none --config.model.draft=0 --config.model.schedule=cosine
+  python -m t2i_jax.sample --export=runs/base/export --guide=runs/semantic/export \\
     --prompt="a large red ring at the top"
 
 It is trained without captions; only the CLIP that it starts from has read any.
 
-Expected of "small" on "scenes", seed 0: TODO % minutes on one CPU core.
+Expected: not known, no size was trained to its end here.
 
 Arguments:
   size: "small" (32 px, for two CPU cores, the default); "256", for the published denoisers of 256

@@ -16,9 +16,18 @@ CASES = {
   "gan_cls": (1000, "discriminator/mismatch"),
 }
 
+# Configs that this test cannot train by themselves.
+APART = {
+  **dict.fromkeys(
+    ("clip", "feature_net", "kl_autoencoder", "noisy_classifier", "semantic_guidance"),
+    "draws nothing of a text; its own test trains it",
+  ),
+  **dict.fromkeys(("ldm", "sdxl", "stable_diffusion"), "is built on other exports"),
+}
+
 
 def test_every_config_has_a_case():
-  assert set(CASES) == {path.stem for path in ROOT.glob("configs/*.py")}
+  assert set(CASES) | set(APART) == {path.stem for path in ROOT.glob("configs/*.py")}
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -17,7 +17,9 @@ def test_published_size_has_its_number_of_parameters():
   assert sum(x.size for x in jax.tree.leaves(found)) == 2_768_705 - 4 * 4 * 3 * 64
 
 
-@pytest.mark.parametrize("layers, side, logits", [(3, 256, 30), (3, 24, 1), (2, 64, 14), (1, 16, 6)])
+@pytest.mark.parametrize(
+  "layers, side, logits", [(3, 256, 30), (3, 24, 1), (2, 64, 14), (1, 16, 6)]
+)
 def test_one_logit_a_patch(layers, side, logits):
   network = PatchDiscriminator(4, layers)
   found = jax.eval_shape(
