@@ -5,7 +5,8 @@
 
 The config's own step (AdamW, moving average, bfloat16 compute, rematerialised blocks) on latents
 and text features that are stored, as on a pod; parameters, their average and the optimizer's state
-are spread over all chips. `--search` doubles the batch while it fits, then halves the last interval.
+are spread over all chips. `--search` doubles the batch while it fits, then halves the last
+interval.
 """
 
 import argparse
