@@ -96,7 +96,7 @@ ENCODER = "a converted CLIP"
 # Configs whose systems are built on others, by what takes their place here.
 COMPONENTS = {
   "kl_autoencoder": {"perceptual": "feature_net"}, "semantic_guidance": {"clip": "clip"},
-  "ldm": {"first_stage": "kl_autoencoder"},
+  "ldm": {"first_stage": "kl_autoencoder"}, "lora": {"base": "ddpm"},
   "stable_diffusion": {"first_stage": "kl_autoencoder", "text_encoder": ENCODER},
   "sdxl": {"first_stage": "kl_autoencoder", "text_encoder": ENCODER, "text_encoder_2": ENCODER},
 }

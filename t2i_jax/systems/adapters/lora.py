@@ -73,7 +73,8 @@ class LoRA(base.System):
       raise UserError(f"model.dropout={self.dropout} is out of range; use 0 to below 1")
     if set(self.components) != {BASE}:
       raise UserError("lora adapts one trained system: set components.base=PATH of its export, and "
-                      "no other component")
+                      "no other component; to guide it, merge it first (python -m "
+                      "t2i_jax.adapters merge)")
     self._check_base()
     if self.text is not self.adaptee.text and (self.text.frozen_groups or self.text.cache):
       raise UserError("the text of a lora run is that of components.base, its encoders included; "
