@@ -22,7 +22,7 @@ APART = {
     ("clip", "feature_net", "kl_autoencoder", "noisy_classifier", "semantic_guidance"),
     "draws nothing of a text; its own test trains it",
   ),
-  **dict.fromkeys(("ldm", "sdxl", "stable_diffusion"), "is built on other exports"),
+  **dict.fromkeys(("ldm", "lora", "sdxl", "stable_diffusion"), "is built on other exports"),
 }
 
 
