@@ -126,6 +126,9 @@ class Pipeline:
     first: int = 0,
     batch_size: int = 64,
     variables: Any = None,
+    negative: str = "",
+    image: np.ndarray | None = None,
+    known: np.ndarray | None = None,
     **options: Any,
   ) -> Iterator[np.ndarray]:
     """Draws one picture a prompt, and hands over each batch as soon as it is there.
@@ -137,14 +140,17 @@ class Pipeline:
         `fold_in(seed, first + i)`.
       batch_size: pictures drawn at a time, rounded up to what the devices take.
       variables: in place of the pipeline's own, such as those of a run.
+      negative: a text in place of the empty one, from which guidance leads away.
+      image: uint8 [H, W, 3], to begin with; the option `strength` says how much is drawn anew.
+      known: bool [H, W], where the image is to stay.
       **options: of the system's sampler, such as `guidance` or `steps`.
 
     Yields:
       uint8 [at most batch_size, H, W, 3], n in all.
 
     Raises:
-      UserError: for an option that the system does not have, or a seed or batch
-        size out of range.
+      UserError: for an option that the system does not have, a seed or batch size out of range, or
+        a system that is not guided, or cannot begin with a picture.
     """
     prompts = [prompts] if isinstance(prompts, str) else prompts
     if not prompts:
@@ -154,6 +160,7 @@ class Pipeline:
     if batch_size < 1:
       raise UserError(f"batch_size={batch_size} draws nothing; use 1 or more")
     chosen = base.make_options(self.system, options)
+    begin = self._beginning(chosen, image, known)
     variables = self.variables if variables is None else variables
     shards = batch_shards(self.mesh)
     size = -(-min(batch_size, len(prompts)) // shards) * shards
@@ -162,7 +169,9 @@ class Pipeline:
     starts = range(0, len(prompts), size)
     parts = [list(prompts[start : start + size]) for start in starts]
     encoders, others = base.split(self.resting, self.system.text.frozen_groups)
-    encoded = self._encoded(variables, encoders, parts, size)
+    # A picture to begin with is read by the first stage, which then does not wait.
+    reading = base.merge(variables, self._visiting(others)) if begin else variables
+    encoded = self._encoded(reading, encoders, parts, size, negative, begin)
     visiting = None
     for start, part, conditioning in zip(starts, parts, encoded, strict=True):
       if visiting is None:  # not before the encoders have gone
@@ -174,7 +183,27 @@ class Pipeline:
         )
         if self._finishes:
           drawn = self._finish(visiting, drawn)
-      yield np.asarray(drawn)[: len(part)]
+      drawn = np.asarray(drawn)[: len(part)]
+      # A first stage gives back almost what it was given; what is known stays as it is.
+      yield drawn if known is None else np.where(known[..., None], image, drawn)
+
+  def _beginning(
+    self, options: Any, image: np.ndarray | None, known: np.ndarray | None
+  ) -> dict[str, np.ndarray]:
+    """What a batch has of a picture to begin with, [1, ...] each."""
+    if image is None:
+      if known is not None:
+        raise UserError("there is a mask and no picture of which a part could stay; give both")
+      return {}
+    base.require(self.system, base.Editor, "beginning with a picture")
+    side = self.system.resolution
+    size = (options.height or side, options.width or side)
+    for name, array in (("picture", image), ("mask", known)):
+      if array is not None and array.shape[:2] != size:
+        raise UserError(f"the {name} to begin with is {array.shape[0]} x {array.shape[1]}, and "
+                        f"{size[0]} x {size[1]} are drawn; resize it")
+    begin = {"image": image[None]}
+    return begin if known is None else {**begin, "known": known[None, ..., None]}
 
   def _visiting(self, resting: Any) -> Any:
     """Variables that rest, on the devices."""
@@ -183,7 +212,8 @@ class Pipeline:
     return place(resting, shardings(resting, parse_rules(self.config.sharding.rules), self.mesh))
 
   def _encoded(
-    self, variables: Any, encoders: Any, parts: list[list[str]], size: int
+    self, variables: Any, encoders: Any, parts: list[list[str]], size: int, negative: str,
+    begin: Mapping[str, np.ndarray],
   ) -> Iterator[Any]:
     """The conditioning of each part of the prompts, filled up to `size`.
 
@@ -191,18 +221,32 @@ class Pipeline:
     """
     if not encoders:
       for part in parts:
-        yield self._encode(variables, part, size)
+        yield self._encode(variables, part, size, negative, begin)
       return
-    visiting = self._visiting(encoders)
-    kept = [self._off(self._encode(base.merge(variables, visiting), part, size)) for part in parts]
-    del visiting
+    whole = base.merge(variables, self._visiting(encoders))
+    kept = [self._off(self._encode(whole, part, size, negative, begin)) for part in parts]
+    del whole
     for conditioning in kept:
       with jax.set_mesh(self.mesh):
         yield self._put(conditioning)
 
-  def _encode(self, variables: Any, part: list[str], size: int) -> Any:
+  def _encode(
+    self, variables: Any, part: list[str], size: int, negative: str,
+    begin: Mapping[str, np.ndarray],
+  ) -> Any:
+    batch = self.read(part, size) | {
+      name: np.repeat(array, size, axis=0) for name, array in begin.items()
+    }
     with jax.set_mesh(self.mesh):
-      return self._condition(variables, self._put(self.read(part, size)))
+      given = self._condition(variables, self._put(batch))
+      if not negative:
+        return given
+      if given.null is None:
+        raise UserError(f"{type(self.system).__name__} is not guided by its text, so it takes no "
+                        "negative prompt; leave it out")
+      other = self._condition(variables, self._put(self.read([negative] * size, size)))
+      extra = {name: other.extra[name] for name in given.null.extra}
+      return given.replace(null=other.replace(null=None, extra=extra))
 
   def _off(self, conditioning: Any) -> Any:
     """Conditioning on every host, whole."""

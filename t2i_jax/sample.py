@@ -11,6 +11,7 @@ from t2i_jax.errors import UserError
 
 GRID = 256  # pictures that the grid has at most
 COMMON = ("guidance", "steps", "solver")
+STRENGTH = 0.7  # of a picture to begin with
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -26,12 +27,21 @@ def main(argv: list[str] | None = None) -> None:
     "--steps=30",
     "python -m t2i_jax.sample --export=DIR --prompts=prompts.txt --output=pictures "
     "--option=eta=0.5",
+    "python -m t2i_jax.sample --export=DIR --prompt='a dog' --image=cat.png --mask=head.png "
+    "--negative='a cat'",
   )
   add_export_flags(parser)
   parser.add_argument("--offload-text", action="store_true",
                       help="keep a frozen text encoder off the devices while pictures are drawn")
   parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be repeated")
   parser.add_argument("--prompts", metavar="FILE", help="a text file with a prompt on each line")
+  parser.add_argument("--negative", default="", metavar="PROMPT",
+                      help="what guidance is to lead away from, in place of the empty text")
+  parser.add_argument("--image", metavar="FILE",
+                      help="a picture to begin with; --option=strength=S draws it anew by the "
+                      f"share S of the steps (all with a mask, {STRENGTH} without)")
+  parser.add_argument("--mask", metavar="FILE",
+                      help="of the picture: white is drawn anew, black stays")
   parser.add_argument("--count", type=int, default=1, help="pictures a prompt (1)")
   parser.add_argument("--output", default="samples", help="folder to write to (samples)")
   command.run(parser, argv, _sample)
@@ -90,6 +100,7 @@ def _sample(flags) -> None:
     flags.export, offload_text=flags.offload_text, guide=flags.guide
   )
   options = sampling_options(flags, pipeline)
+  image, known = _beginning(flags, pipeline.system, options)
   for line in pipeline.truncated(prompts):
     print(f"warning: {line}", file=sys.stderr)
   repeated = [prompt for prompt in prompts for _ in range(flags.count)]
@@ -98,7 +109,10 @@ def _sample(flags) -> None:
   first, done = [], 0
   with tqdm(total=len(repeated), unit="picture", disable=not sys.stderr.isatty()) as bar:
     # Each batch is on the disk before the next is drawn.
-    for drawn in pipeline.batches(repeated, flags.seed, batch_size=flags.batch_size, **options):
+    for drawn in pipeline.batches(
+      repeated, flags.seed, batch_size=flags.batch_size, negative=flags.negative, image=image,
+      known=known, **options,
+    ):  # fmt: skip
       for picture in drawn:
         save_picture(output / f"{done:05d}_{_slug(repeated[done])}.png", picture)
         done += 1
@@ -106,6 +120,30 @@ def _sample(flags) -> None:
       bar.update(len(drawn))
   save_picture(output / "grid.png", prompt_grid(np.stack(first), repeated[: len(first)]))
   print(f"{len(repeated)} pictures and grid.png in {output}")
+
+
+def _beginning(flags, system, options) -> tuple[np.ndarray | None, np.ndarray | None]:
+  """The picture to begin with, and where it is to stay; sets its strength if nothing does."""
+  if not flags.image:
+    if flags.mask:
+      raise UserError(f"--mask={flags.mask} is of a picture to begin with; give --image too")
+    return None, None
+  from t2i_jax.data.images import BadImage, decode
+  from t2i_jax.systems import base
+
+  base.require(system, base.Editor, "--image")
+  height, width = (options.get(side) or system.resolution for side in ("height", "width"))
+  if height != width:
+    raise UserError(f"--image is cropped to a square, and {height} x {width} are to be drawn; make "
+                    "height and width the same")
+  try:
+    image = decode(flags.image, height)
+    known = decode(flags.mask, height).mean(axis=-1) < 128 if flags.mask else None
+  except BadImage as error:
+    raise UserError(f"{error}; give a picture such as a PNG or JPEG") from error
+  if known is None and not any(text.startswith("strength=") for text in flags.option):
+    options["strength"] = STRENGTH
+  return image, known
 
 
 def _prompts(flags) -> list[str]:

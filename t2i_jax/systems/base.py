@@ -214,6 +214,18 @@ class Sampler(Protocol):
 
 
 @runtime_checkable
+class Editor(Protocol):
+  """A sampler that can begin with a picture.
+
+  `condition` then reads of the batch the `image`, uint8 [B, H, W, 3], and, where some of it is to
+  stay, `known`, bool [B, H, W, 1]; and its options have `strength`, `height` and `width`.
+  """
+
+  def encoded(self, variables: Variables, images: Array) -> Array:
+    """Pictures [B, H, W, 3] in [-1, 1] as what is sampled."""
+
+
+@runtime_checkable
 class Finisher(Protocol):
   """A sampler whose `sample` gives latents, not yet pictures.
 
@@ -317,7 +329,8 @@ def check_levels(values: Any, always: tuple[int, ...] = (), positions: bool = Fa
   """Raises UserError unless levels divide into groups, and those that attend into heads.
 
   Args:
-    values: with `channels`, `multipliers`, `groups`, `attention_levels` and `head_channels`.
+    values: with `channels`, `multipliers`, `groups` and `attention_levels`; of attention with
+      several heads also `heads`, their number, or, without it or where it is 0, `head_channels`.
     always: levels that attend besides.
     positions: whether attention has two-dimensional positions, which come in fours.
   """
@@ -334,12 +347,13 @@ def check_levels(values: Any, always: tuple[int, ...] = (), positions: bool = Fa
         f"of levels 0 to {len(values.multipliers) - 1}"
       )
   for level in {*values.attention_levels, *always}:
-    width = values.channels * values.multipliers[level]
-    if width % min(values.head_channels, width) or (positions and width % 4):
+    width = int(values.channels * values.multipliers[level])
+    name = "heads" if getattr(values, "heads", 0) else "head_channels"
+    parts = getattr(values, name, 1)
+    if width % (parts if name == "heads" else min(parts, width)) or (positions and width % 4):
       raise UserError(
         f"the {width} channels of level {level} attend, and do not divide by "
-        f"model.head_channels={values.head_channels}{' or, for positions, by 4' * positions}; "
-        "change one of them"
+        f"model.{name}={parts}{' or, for positions, by 4' * positions}; change one of them"
       )
 
 

@@ -131,3 +131,17 @@ def test_sdxl_reads_sizes_and_crops_of_its_batches():
   system = SDXL(TEXT, **{**TINY, "depths": (1, 0), "heads": 0, "head_channels": 8})
   spec = system.batch_spec()
   assert spec["size"] == spec["crop"] == base.Field((2,), "int32")
+
+
+def test_heads_are_what_levels_divide_by():
+  # 24 channels in 3 heads: units of 8, whatever the default width of a head.
+  dataclasses.replace(SYSTEM, channels=24, heads=3)
+  dataclasses.replace(SYSTEM, multipliers=(0.5, 2), heads=4)
+  for changes, message in (
+    ({"heads": 3}, "do not divide by model.heads=3"),
+    ({"heads": 0, "head_channels": 6}, "do not divide by model.head_channels=6"),
+    ({"heads": 0, "head_channels": 0}, "make no attention"),
+    ({"multipliers": ()}, "positive one for each level"),
+  ):
+    with pytest.raises(UserError, match=message):
+      dataclasses.replace(SYSTEM, **changes)

@@ -431,9 +431,12 @@ class Denoiser(base.System):
 
 def check_network(values: Any) -> None:
   """Raises UserError for U-Net options that make no network."""
-  base.check_positive(
-    "model", values, "channels", "multipliers", "blocks", "groups", "middle_depth"
-  )
+  base.check_positive("model", values, "channels", "blocks", "groups", "middle_depth")
+  if not values.multipliers or min(values.multipliers) <= 0:
+    raise UserError(f"model.multipliers={values.multipliers}: give a positive one for each level")
+  if values.heads < 0 or (not values.heads and values.head_channels < 1):
+    raise UserError(f"model.heads={values.heads} and model.head_channels={values.head_channels} "
+                    "make no attention; set one of them to 1 or more")
   if values.attention not in ATTENTIONS:
     raise unknown("model.attention", values.attention, ATTENTIONS)
   if values.depths and len(values.depths) != len(values.multipliers):

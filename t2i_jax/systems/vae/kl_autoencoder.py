@@ -99,14 +99,7 @@ class KLAutoencoder(base.System):
     ):  # fmt: skip
       if getattr(self, name) < 0:
         raise UserError(f"model.{name}={getattr(self, name)} is negative; use 0 or more")
-    for multiplier in self.multipliers:
-      if self.channels * multiplier % self.groups:
-        raise UserError(f"model.groups={self.groups} does not divide the "
-                        f"{self.channels * multiplier} channels of a level; change one of them")
-    for level in self.attention_levels:
-      if not 0 <= level < len(self.multipliers):
-        raise UserError(f"model.attention_levels={self.attention_levels} names level {level}, "
-                        f"of levels 0 to {len(self.multipliers) - 1}")
+    base.check_levels(self)
     self.latent_shape(self.resolution)
     self._check_patches()
     self._check_components()
