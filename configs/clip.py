@@ -37,10 +37,8 @@ def get_config(arg=None):
   config.evaluate.every = "25%"
   if arg.size == "tiny":
     config.text.update(width=16, layers=1, heads=2, vocab_size=300, length=40)
-    config.train.update(duration="4 steps", batch_size=8)
-    config.optimizer.warmup = "2 steps"
+    recipe.tiny(config)
     config.evaluate.every = "0 steps"
-    config.log.every = "1 steps"
     return config
   if arg.size == "small":
     config.text.update(width=64, layers=2, heads=2)

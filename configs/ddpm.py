@@ -55,11 +55,9 @@ def get_config(arg=None):
   config.model.update(choose("size", arg.size, SIZES))
   if arg.size == "tiny":
     config.text.update(width=32, layers=1, heads=2, vocab_size=300, length=40)
-    config.train.update(duration="4 steps", batch_size=8)
+    recipe.tiny(config)
     config.optimizer.update(name="adam", learning_rate=2e-4, warmup="2 steps")
-    config.sample.update(count=4)
     config.sample.options.update(solver="ddpm", steps=4)
-    config.log.every = "1 steps"
     return config
   if arg.size in ("cifar10", "lsun"):
     config.text.update(width=512, layers=6, heads=8)

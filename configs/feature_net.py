@@ -39,8 +39,6 @@ def get_config(arg=None):
   config.ema.decay = 0.99
   config.evaluate.every = "25%"
   if arg.size == "tiny":
-    config.train.update(duration="4 steps", batch_size=8)
-    config.optimizer.warmup = "2 steps"
+    recipe.tiny(config)
     config.text.update(width=32, layers=1, heads=2, vocab_size=300, length=40)
-    config.log.every = "1 steps"
   return config

@@ -47,7 +47,5 @@ def get_config(arg=None):
     config.train.duration = "600 epochs" if arg.dataset == "folder" else "100k steps"
   if arg.size == "tiny":
     config.text.update(width=32, vocab_size=300, length=40)
-    config.train.update(duration="4 steps", batch_size=8)
-    config.sample.update(count=4)
-    config.log.every = "1 steps"
+    recipe.tiny(config)
   return config

@@ -55,7 +55,5 @@ def get_config(arg=None):
   config.ema.decay = 0.99
   config.evaluate.every = "25%"
   if arg.size == "tiny":
-    config.train.update(duration="4 steps", batch_size=8)
-    config.optimizer.warmup = "2 steps"
-    config.log.every = "1 steps"
+    recipe.tiny(config)
   return config

@@ -48,11 +48,7 @@ def get_config(arg=None):
   config.model.update(choose("size", arg.size, SIZES))
   if arg.size == "tiny":
     config.text.update(width=32, layers=1, heads=2, vocab_size=300, length=40)
-    config.train.update(duration="4 steps", batch_size=8)
-    config.optimizer.warmup = "2 steps"
-    config.sample.update(count=4)
-    config.sample.options.update(steps=4)
-    config.log.every = "1 steps"
+    recipe.tiny(config)
   elif arg.size == "1.4B":
     config.text.update(width=1280, layers=32, heads=8, length=77, vocab_size=30522)
     config.train.update(duration="390k steps", batch_size=680)

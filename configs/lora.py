@@ -42,8 +42,6 @@ def get_config(arg=None):
   config.optimizer.update(learning_rate=1e-3, schedule="cosine", warmup="50 steps")
   config.ema.decay = 0.99
   if arg.size == "tiny":
-    config.train.update(duration="4 steps", batch_size=8)
-    config.optimizer.warmup = "2 steps"
+    recipe.tiny(config)
     config.sample.count = 4
-    config.log.every = "1 steps"
   return config

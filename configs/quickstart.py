@@ -53,10 +53,6 @@ def get_config(arg=None):
     config.evaluate.update(pictures=256, splits=("held_out_combinations",))
   if arg.size == "tiny":
     config.text.update(width=32, layers=1, heads=2, vocab_size=300, length=40)
-    config.train.update(duration="4 steps", batch_size=8)
-    config.optimizer.warmup = "2 steps"
-    config.sample.update(count=4)
-    config.sample.options.update(steps=4)
-    config.log.every = "1 steps"
+    recipe.tiny(config)
     config.evaluate.pictures = 0  # The verifier reads pictures of 32 px or more.
   return config

@@ -37,10 +37,8 @@ def get_config(arg=None):
   config.text.update(encoder="component", encoders=("clip",), drop=0.0)
   config.evaluate.every = "25%"
   if arg.size == "tiny":
-    config.train.update(duration="4 steps", batch_size=8)
-    config.optimizer.warmup = "2 steps"
+    recipe.tiny(config)
     config.evaluate.every = "0 steps"
-    config.log.every = "1 steps"
     return config
   if arg.size == "small":
     config.train.update(duration="1000 steps", batch_size=64)

@@ -48,9 +48,5 @@ def get_config(arg=None):
   config.precision.frozen = "bfloat16" if arg.size != "tiny" else "float32"
   config.sample.options.update(guidance=7.5, clip=False)
   if arg.size == "tiny":
-    config.train.update(duration="4 steps", batch_size=8)
-    config.optimizer.warmup = "2 steps"
-    config.sample.update(count=4)
-    config.sample.options.update(steps=4)
-    config.log.every = "1 steps"
+    recipe.tiny(config)
   return config

@@ -39,8 +39,5 @@ def get_config(arg=None):
   config.ema.decay = 0.999
   if arg.size == "tiny":
     config.text.update(width=32, layers=1, heads=2, vocab_size=300, length=40)
-    config.train.update(duration="4 steps", batch_size=8)
-    config.optimizer.warmup = "2 steps"
-    config.sample.update(count=4)
-    config.log.every = "1 steps"
+    recipe.tiny(config)
   return config

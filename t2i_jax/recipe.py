@@ -32,3 +32,13 @@ def base(system: str, dataset: str) -> ConfigDict:
   config.data.options = ConfigDict({**data.default_options(config.data.name), **options})
   config.text.update(text)
   return config.lock()
+
+
+def tiny(config: ConfigDict) -> None:
+  """Makes a config's run one of a few steps, of which tests and first tries see every part."""
+  config.train.update(duration="4 steps", batch_size=8)
+  config.optimizer.warmup = "2 steps"
+  config.sample.count = 4
+  if "steps" in config.sample.options:
+    config.sample.options.steps = 4
+  config.log.every = "1 steps"

@@ -17,7 +17,7 @@ from t2i_jax.pipeline import Pipeline
 from t2i_jax.systems import base
 from t2i_jax.systems.base import Conditioning
 from t2i_jax.systems.conditioning import TextConditioner
-from t2i_jax.systems.diffusion.denoiser import Options
+from t2i_jax.systems.diffusion.sampling import Options
 from t2i_jax.text.tokenizer import Tokenizers, train_tokenizer
 
 SIDE = 8

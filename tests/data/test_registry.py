@@ -24,7 +24,7 @@ def test_options_reach_the_set(tmp_path):
   )
   source = open_source("folder", "train", 8, 0, {"path": str(tmp_path)}, str(tmp_path / "log"))
   assert len(source) == 1 and source.resolution == 8
-  assert default_options("folder") == {"path": "", "captions": ""}
+  assert default_options("folder") == {"path": "", "captions": "", "sizes": False}
 
 
 def test_unknown_names():

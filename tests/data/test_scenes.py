@@ -272,3 +272,11 @@ def test_only_one_object_has_labels():
   assert labels("emoji") is None
   with pytest.raises(UserError, match="'emoji' has no labels; those that have: scenes"):
     read_labels("emoji", ["a cat"])
+
+
+def test_sizes_are_those_of_whole_pictures():
+  rows = Scenes(sizes=True, labels=True, resolution=24).fetch(np.arange(3), draws(3))
+  assert set(rows.extra) == {"label", "size", "crop"}
+  for name, value in (("size", 24), ("crop", 0)):
+    assert rows.extra[name].dtype == np.int32
+    np.testing.assert_array_equal(rows.extra[name], np.full((3, 2), value))

@@ -12,6 +12,7 @@ pytest.importorskip("diffusers", reason="the reference: install t2i_jax[parity]"
 import jax  # noqa: E402
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY  # noqa: E402
 from diffusers.utils import convert_unet_state_dict_to_peft  # noqa: E402
+from random_weights import randomised  # noqa: E402
 
 from t2i_jax.networks.layers import lora  # noqa: E402
 from t2i_jax.networks.unet import UNet  # noqa: E402
@@ -39,13 +40,7 @@ def made(shape):
   from diffusers import UNet2DConditionModel
 
   model = UNet2DConditionModel(**SHAPES[shape])
-  generator = torch.Generator().manual_seed(0)
-  with torch.no_grad():
-    for value in model.parameters():
-      fan_in = value[0].numel() if value.ndim > 1 else 0
-      noise = torch.randn(value.shape, generator=generator)
-      value.copy_(noise * (2 / fan_in) ** 0.5 if fan_in else value + 0.2 * noise)
-  return model.eval()
+  return randomised(model)
 
 
 def adapt(model):

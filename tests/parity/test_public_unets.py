@@ -10,6 +10,8 @@ import pytest
 torch = pytest.importorskip("torch", reason="the reference needs torch: install t2i_jax[parity]")
 diffusers = pytest.importorskip("diffusers", reason="the reference: install t2i_jax[parity]")
 
+from random_weights import randomised, stored  # noqa: E402
+
 from t2i_jax.networks.layers.spatial import AttentionBlock  # noqa: E402
 from t2i_jax.networks.unet import UNet  # noqa: E402
 from t2i_jax.weights.stored import Stored  # noqa: E402
@@ -78,21 +80,7 @@ def made(shape):
   """The reference with He-normal kernels and noise on all else, so that every parameter matters."""
   kind, config = SHAPES[shape]
   model = kind(**config)
-  generator = torch.Generator().manual_seed(0)
-  with torch.no_grad():
-    for value in model.parameters():
-      fan_in = value[0].numel() if value.ndim > 1 else 0
-      noise = torch.randn(value.shape, generator=generator)
-      value.copy_(noise * (2 / fan_in) ** 0.5 if fan_in else value + 0.2 * noise)
-  return model.eval()
-
-
-def stored(tensors):
-  tensors = {name: value.detach().numpy() for name, value in tensors.items()}
-  return {
-    name: Stored(value.shape, value.dtype, lambda value=value: value)
-    for name, value in tensors.items()
-  }
+  return randomised(model)
 
 
 def given(options, seed=1):

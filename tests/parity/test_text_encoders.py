@@ -7,38 +7,20 @@ import transformers
 
 torch = pytest.importorskip("torch", reason="the reference needs torch: install t2i_jax[parity]")
 
+from random_weights import randomised, stored  # noqa: E402
+
 from t2i_jax.text import bert, clip, t5  # noqa: E402
 from t2i_jax.weights import text_encoders as maps  # noqa: E402
-from t2i_jax.weights.stored import Stored  # noqa: E402
 
 TOLERANCE = 1e-5  # of the largest value
 LENGTH = 12
 VOCAB, END = 100, 99
 
 
-def randomised(model, seed=0):
-  """The model with He-normal matrices and noise on all else, so that every parameter matters."""
-  generator = torch.Generator().manual_seed(seed)
-  with torch.no_grad():
-    for value in model.parameters():
-      fan_in = value[0].numel() if value.ndim > 1 else 0
-      noise = torch.randn(value.shape, generator=generator)
-      value.copy_(noise * (2 / fan_in) ** 0.5 if fan_in else value + 0.2 * noise)
-  return model.eval()
-
-
-def stored(model):
-  tensors = {name: value.detach().numpy() for name, value in model.state_dict().items()}
-  return {
-    name: Stored(value.shape, value.dtype, lambda value=value: value)
-    for name, value in tensors.items()
-  }
-
-
 def loaded(network, key_map, model, *inputs):
   """Our variables with the reference's numbers."""
   abstract = jax.eval_shape(network.init, jax.random.key(0), *inputs)["params"]
-  return {"params": key_map.load(stored(model), abstract, source="the reference")}
+  return {"params": key_map.load(stored(model.state_dict()), abstract, source="the reference")}
 
 
 def captions(full=False):

@@ -11,7 +11,7 @@ from t2i_jax.errors import UserError
 from t2i_jax.systems import base
 from t2i_jax.systems.conditioning import TextConditioner
 from t2i_jax.systems.diffusion.ddpm import DDPM
-from t2i_jax.systems.diffusion.denoiser import Options
+from t2i_jax.systems.diffusion.sampling import Options
 from t2i_jax.text.tokenizer import null_text
 
 TEXT = TextConditioner(length=4, vocab_size=16, width=8, layers=1, heads=2, drop=0.2)

@@ -13,9 +13,10 @@ from t2i_jax.diffusion.process import expand
 from t2i_jax.diffusion.schedules import make_process
 from t2i_jax.errors import UserError
 from t2i_jax.systems import base
-from t2i_jax.systems.base import Conditioning
+from t2i_jax.systems.base import GUIDE, Conditioning
 from t2i_jax.systems.conditioning import TextConditioner
-from t2i_jax.systems.diffusion.denoiser import GUIDE, KNOWN, START, Denoiser
+from t2i_jax.systems.diffusion.denoiser import Denoiser
+from t2i_jax.systems.diffusion.sampling import KNOWN, START
 
 NO_TEXT = TextConditioner(encoder="none")
 MEAN, DEVIATION = 0.2, 0.3

@@ -43,6 +43,7 @@ class Scenes(Source):
     seed: of the rows' order and layouts; the split itself does not depend on it.
     levels: some of `LEVELS`.
     labels: whether rows have a `label`, int32 [attributes] as in `labels.NAMES`; of level "one".
+    sizes: whether rows have a `size` and a `crop`: they are made at the resolution, and whole.
 
   Raises:
     UserError: on an unknown split or level, labels of other levels, or too small a resolution.
@@ -55,6 +56,7 @@ class Scenes(Source):
     seed: int = 0,
     levels: tuple[str, ...] = ("one",),
     labels: bool = False,
+    sizes: bool = False,
   ):
     if split not in SPLITS:
       raise unknown("split of scenes", split, SPLITS)
@@ -72,7 +74,7 @@ class Scenes(Source):
     self.resolution = resolution
     self.seed = seed
     self.levels = tuple(levels)
-    self.labels = labels
+    self.labels, self.sizes = labels, sizes
     self.infinite = split == "train"
     self._held_out = () if self.infinite else self._list_held_out()
 
@@ -102,11 +104,18 @@ class Scenes(Source):
     return Rows(
       image=None,
       captions=[caption(s, int(d)) for s, d in zip(scenes, draws, strict=True)],
-      extra={"label": labels_of(scenes)} if self.labels else {},
+      extra=self._extra(scenes),
     )
 
   def digest(self) -> str:
     return digest_of(self.seed, self.split, self.levels, self.scenes(np.arange(_DIGESTED)))
+
+  def _extra(self, scenes: list[Scene]) -> dict[str, np.ndarray]:
+    extra = {"label": labels_of(scenes)} if self.labels else {}
+    if self.sizes:
+      extra["size"] = np.full((len(scenes), 2), self.resolution, np.int32)
+      extra["crop"] = np.zeros((len(scenes), 2), np.int32)
+    return extra
 
   def captions(self) -> Iterator[str]:
     random = Random(self.seed, _PICTURE_STREAM)

@@ -16,7 +16,8 @@ from t2i_jax.networks.draft import Draft, shrunk
 from t2i_jax.networks.unet import UNet
 from t2i_jax.systems import base
 from t2i_jax.systems.base import Array, Aux, Batch, Conditioning, Variables
-from t2i_jax.systems.diffusion.denoiser import DENOISER, Denoiser, check_network
+from t2i_jax.systems.diffusion.denoiser import DENOISER, Denoiser
+from t2i_jax.systems.diffusion.unet_options import check_network, make_unet
 
 DRAFT = "draft"
 
@@ -72,9 +73,7 @@ class DDPM(Denoiser):
 
   @cached_property
   def network(self) -> UNet:
-    names = {field.name for field in dataclasses.fields(UNet)} - {"parent", "name"}
-    own = {name: getattr(self, name) for name in names if hasattr(self, name)}
-    return UNet(out_channels=3 * self.outputs, **own)
+    return make_unet(self, 3 * self.outputs)
 
   @cached_property
   def drafter(self) -> Draft:

@@ -14,77 +14,22 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
-from t2i_jax.diffusion import editing, guidance, solvers, thresholding, variance
+from t2i_jax.diffusion import variance
 from t2i_jax.diffusion.combination import check_combination
-from t2i_jax.diffusion.grid import make_grid, start_index
-from t2i_jax.diffusion.parameterization import Prediction, make_parameterization, noise_of
+from t2i_jax.diffusion.parameterization import make_parameterization
 from t2i_jax.diffusion.process import DiscreteProcess, expand, shifted
 from t2i_jax.diffusion.schedules import make_process
 from t2i_jax.diffusion.timesteps import make_density
 from t2i_jax.diffusion.weighting import make_weighting
-from t2i_jax.errors import UserError, unknown
-from t2i_jax.networks.unet import ATTENTIONS
+from t2i_jax.errors import UserError
 from t2i_jax.systems import base
 from t2i_jax.systems.base import GUIDE, Array, Aux, Batch, Conditioning, Field, Player, Variables
 from t2i_jax.systems.conditioning import TextConditioner
+from t2i_jax.systems.diffusion import sampling
+from t2i_jax.systems.diffusion.sampling import KNOWN, START, Options
 
 DENOISER = "denoiser"
-# What `Conditioning.extra` holds for the sampler and not for the network: what to begin with, and
-# where it is to stay.
-START, KNOWN = "start", "known"
-GUIDANCES = ("classifier_free", "projected")
-
-
-@struct.dataclass
-class Options:
-  """Sampling options.
-
-  Attributes:
-    solver, order: one of `diffusion.solvers.SOLVERS`: "ddpm" (ancestral), "ddim", "dpmpp_2m"...
-    steps: of the solver; of most, network evaluations a picture.
-    spacing, offset, final_sigma: of the steps; see `diffusion.grid.make_grid`.
-    guidance: scale of the text's guidance; 1 is the conditional model alone.
-    guidance_kind: "classifier_free", or "projected" (Sadat et al. 2024), whose are the options
-      `momentum`, `threshold` and `parallel`; see `diffusion.guidance.projected`.
-    guidance_low, guidance_high: guidance is left out where sigma / alpha is not between them; 0 as
-      the high one is no bound (Kynkaanniemi et al. 2024).
-    rescale: share to which guided outputs get the deviation of unguided ones (Lin et al. 2024).
-    guide_scale: of the component `guide`, if there is one.
-    eta: of DDIM.
-    variance: of the ancestral solver, "small" or "large", or "learned" where the network does.
-    clip: clip the predicted x_0 to [-1, 1] at every step.
-    dynamic: clip to this quantile of each picture in place of 1, and scale back to [-1, 1]
-      (Saharia et al. 2022, section 2.3); 0 for none.
-    strength: share of the steps that are taken where a picture is given to begin with.
-    height, width: of the pictures, in pixels; 0 for those that were trained on.
-  """
-
-  solver: str = struct.field(pytree_node=False, default="ddim")
-  order: int = struct.field(pytree_node=False, default=2)
-  steps: int = struct.field(pytree_node=False, default=50)
-  spacing: str = struct.field(pytree_node=False, default="natural")
-  offset: int = struct.field(pytree_node=False, default=0)
-  final_sigma: str = struct.field(pytree_node=False, default="zero")
-  guidance: float = 2.0
-  guidance_kind: str = struct.field(pytree_node=False, default="classifier_free")
-  guidance_low: float = 0.0
-  guidance_high: float = 0.0
-  rescale: float = 0.0
-  momentum: float = -0.5
-  threshold: float = struct.field(pytree_node=False, default=0.0)
-  parallel: float = 0.0
-  guide_scale: float = 1.0
-  eta: float = struct.field(pytree_node=False, default=0.0)
-  variance: str = struct.field(pytree_node=False, default="small")
-  clip: bool = struct.field(pytree_node=False, default=True)
-  dynamic: float = struct.field(pytree_node=False, default=0.0)
-  strength: float = struct.field(pytree_node=False, default=1.0)
-  height: int = struct.field(pytree_node=False, default=0)
-  width: int = struct.field(pytree_node=False, default=0)
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Denoiser(base.System):
   """See the module's docstring.
@@ -290,7 +235,7 @@ class Denoiser(base.System):
       noise = noise + self.offset_noise * offset
     alpha, sigma = (expand(f(t), x_0.ndim) for f in (self.process.alpha, self.process.sigma))
     x_t = self.process.corrupt(x_0, noise, t)
-    output, share = self._split(self.output(
+    output, share = self.split(self.output(
       variables, x_t * self.parameterization.input_scale(alpha, sigma), self.process.embedded(t),
       given, train=train, rngs={"dropout": base.fold_name(rng, "dropout")},
     ))  # fmt: skip
@@ -304,7 +249,7 @@ class Denoiser(base.System):
     bound = variance.bound(self.process, x_0, x_t, t, predicted, share)
     return errors + variance.WEIGHT * self.process.steps * bound
 
-  def _split(self, output: Array) -> tuple[Array, Array | None]:
+  def split(self, output: Array) -> tuple[Array, Array | None]:
     """The network's output, and the share of the larger variance, if it is learned."""
     if not self.learned_variance:
       return output, None
@@ -343,107 +288,5 @@ class Denoiser(base.System):
   def sample(
     self, variables: Variables, conditioning: Conditioning, keys: Array, options: Any
   ) -> Array:
-    """Samples [B, h, w, c] of what is modelled; both branches of the guidance as one batch."""
-    solver = self._solver(options)
-    grid = make_grid(
-      self.process, options.steps, options.spacing, offset=options.offset,
-      convention=solver.convention, final_sigma=options.final_sigma,
-    )
-    extra = dict(conditioning.extra)
-    reading, start, known = (extra.pop(name, None) for name in (GUIDE, START, KNOWN))
-    shape = self.shape_of(options.height or self.resolution, options.width or self.resolution)
-    noise = solvers.start_noise(keys, shape)
-    if start is None:
-      x = grid.deviation * noise
-    else:
-      grid = grid.after(start_index(options.steps, options.strength))
-      x = editing.noised(start, noise, grid.alpha[0], grid.sigma[0])
-    given = self.prepared(conditioning.replace(extra=extra), options)
-
-    def predict(x: Array, row: solvers.Row, average: Any):
-      prediction, share, average = self._predicted(variables, x, row, given, average, options)
-      if options.dynamic:
-        prediction = thresholding.dynamic(prediction, x, row.alpha, row.sigma, options.dynamic)
-      elif options.clip:
-        prediction = thresholding.static(prediction, x, row.alpha, row.sigma)
-      if known is not None:
-        prediction = editing.inpainted(prediction, x, row.alpha, row.sigma, start, known)
-      gradient = None
-      if self.guide:
-        gradient = options.guide_scale * self._guide_gradient(variables, x, row.time, reading)
-      return solvers.Evaluation(*prediction, share, gradient), average
-
-    average = jnp.zeros_like(x) if options.guidance_kind == "projected" else ()
-    return solvers.solve(solver(grid), predict, x, keys, average)
-
-  def _solver(self, options: Any) -> solvers.Solver:
-    """The solver of the options, which are checked."""
-    solver = solvers.make_solver(options.solver, options.eta, options.variance, options.order)
-    check_combination(self.process, self.parameterization, solver)
-    if options.variance == "learned" and not self.learned_variance:
-      raise UserError("sampling option variance=learned: this network has learned none; use small "
-                      "or large")
-    if options.guidance_kind not in GUIDANCES:
-      raise unknown("sampling option guidance_kind", options.guidance_kind, GUIDANCES)
-    if not 0.0 <= options.dynamic <= 1.0:
-      raise UserError(f"sampling option dynamic={options.dynamic} is no quantile; use 0 to 1")
-    return solver
-
-  def _predicted(
-    self, variables, x: Array, row: solvers.Row, given: Conditioning, average: Any, options: Any
-  ) -> tuple[Prediction, Array | None, Any]:
-    """The guided prediction, the share of the larger variance, and what projection remembers."""
-    alpha, sigma = row.alpha, row.sigma
-    time = self.process.embedded(row.time)
-    scaled = x * self.parameterization.input_scale(alpha, sigma)
-    if given.null is None:
-      output, share = self._split(self.output(variables, scaled, jnp.full(len(x), time), given))
-      return self.parameterization.predict(x, output, alpha, sigma), share, average
-    doubled = jax.tree.map(guidance.interleave, given.replace(null=None), given.null)
-    outputs = self.output(variables, guidance.both(scaled), jnp.full(2 * len(x), time), doubled)
-    output, null = guidance.separate(outputs)
-    (output, share), (null, _) = self._split(output), self._split(null)
-    high = jnp.where(options.guidance_high > 0, options.guidance_high, jnp.inf)
-    scale = guidance.scale_within(
-      jnp.asarray(options.guidance, x.dtype), alpha, sigma, options.guidance_low, high
-    )
-    if options.guidance_kind == "projected":
-      x_0, null_x_0 = (
-        self.parameterization.predict(x, part, alpha, sigma).x_0 for part in (output, null)
-      )
-      x_0, average = guidance.projected(
-        x_0, null_x_0, scale, average, options.momentum, options.threshold, options.parallel
-      )
-      return Prediction(x_0, noise_of(x, x_0, alpha, sigma)), share, average
-    guided = guidance.classifier_free(output, null, scale)
-    guided = guidance.rescaled(guided, output, options.rescale)
-    return self.parameterization.predict(x, guided, alpha, sigma), share, average
-
-  def _guide_gradient(self, variables, x: Array, time: Array, reading: Any) -> Array:
-    own = base.group(variables, GUIDE)
-
-    def log_prob(x: Array) -> Array:
-      given = Conditioning(extra=reading)
-      return jnp.sum(self.guide.log_prob(own, x, jnp.full(len(x), time), given))
-
-    return jax.grad(log_prob)(x)
-
-
-def check_network(values: Any) -> None:
-  """Raises UserError for U-Net options that make no network."""
-  base.check_positive("model", values, "channels", "blocks", "groups", "middle_depth")
-  if not values.multipliers or min(values.multipliers) <= 0:
-    raise UserError(f"model.multipliers={values.multipliers}: give a positive one for each level")
-  if values.heads < 0 or (not values.heads and values.head_channels < 1):
-    raise UserError(f"model.heads={values.heads} and model.head_channels={values.head_channels} "
-                    "make no attention; set one of them to 1 or more")
-  if values.attention not in ATTENTIONS:
-    raise unknown("model.attention", values.attention, ATTENTIONS)
-  if values.depths and len(values.depths) != len(values.multipliers):
-    raise UserError(f"model.depths={values.depths} has {len(values.depths)} entries, "
-                    f"model.multipliers {len(values.multipliers)}; give one a level")
-  # The middle, which is as wide as the last level, always attends.
-  always, positions = (len(values.multipliers) - 1,), values.attention == "compact"
-  base.check_levels(values, always, positions and values.positions)
-  if not 0.0 <= values.dropout < 1.0:
-    raise UserError(f"model.dropout={values.dropout} is out of range; use 0 to below 1")
+    """Samples [B, h, w, c] of what is modelled; see `sampling.draw`."""
+    return sampling.draw(self, variables, conditioning, keys, options)

@@ -15,7 +15,8 @@ from t2i_jax.errors import UserError
 from t2i_jax.networks.unet import UNet
 from t2i_jax.systems import base
 from t2i_jax.systems.base import GUIDE, Array, Batch, Conditioning, Field, Variables
-from t2i_jax.systems.diffusion.denoiser import DENOISER, Denoiser, check_network
+from t2i_jax.systems.diffusion.denoiser import DENOISER, Denoiser
+from t2i_jax.systems.diffusion.unet_options import check_network, make_unet
 
 FIRST_STAGE = "first_stage"
 LATENTS = "latents"  # the collection of what is measured of them
@@ -82,9 +83,7 @@ class LDM(Denoiser):
 
   @cached_property
   def network(self) -> UNet:
-    names = {field.name for field in dataclasses.fields(UNet)} - {"parent", "name"}
-    own = {name: getattr(self, name) for name in names if hasattr(self, name)}
-    return UNet(out_channels=self.shape[-1] * self.outputs, **own)
+    return make_unet(self, self.shape[-1] * self.outputs)
 
   def init_denoiser(self, rng: Array, x: Array, given: Conditioning) -> Variables:
     return self.network.init(
