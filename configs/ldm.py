@@ -53,7 +53,7 @@ def get_config(arg=None):
     config.text.update(width=1280, layers=32, heads=8, length=77, vocab_size=30522)
     config.train.update(duration="390k steps", batch_size=680)
     config.optimizer.update(learning_rate=1e-4, warmup="10k steps", weight_decay=0.01)
-    config.sample.options.update(guidance=5.0, clip=False)
+    config.sample.options.guidance = 5.0
   else:
     config.text.update(width=64, heads=2, pool="flatten")
     config.train.update(duration="6000 steps", batch_size=32)
@@ -62,5 +62,5 @@ def get_config(arg=None):
       warmup="50 steps", multipliers=recipe.SLOW_TEXT,
     )
     config.ema.decay = 0.999
-    config.sample.options.update(steps=25, clip=False)
+    config.sample.options.steps = 25
   return config

@@ -47,7 +47,6 @@ def get_config(arg=None):
   config.train.update(duration="100k steps", batch_size=2048)
   config.model.remat = True
   config.precision.frozen = "bfloat16" if arg.size != "tiny" else "float32"
-  config.sample.options.update(guidance=5.0, clip=False)
   if arg.size == "tiny":
     recipe.tiny(config)
   return config

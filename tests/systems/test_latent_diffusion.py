@@ -14,7 +14,7 @@ from t2i_jax.systems import base
 from t2i_jax.systems.base import Conditioning
 from t2i_jax.systems.conditioning import TextConditioner
 from t2i_jax.systems.diffusion.ldm import LATENTS, LDM
-from t2i_jax.systems.diffusion.stable_diffusion import SDXL, SDXLOptions
+from t2i_jax.systems.diffusion.stable_diffusion import SDXL, SDXLOptions, StableDiffusion
 
 TEXT = TextConditioner(length=4, vocab_size=16, width=8, layers=1, heads=2)
 STAGE = Shrinker(TEXT, resolution=16)
@@ -145,3 +145,10 @@ def test_heads_are_what_levels_divide_by():
   ):
     with pytest.raises(UserError, match=message):
       dataclasses.replace(SYSTEM, **changes)
+
+
+@pytest.mark.parametrize("kind, guidance", [(LDM, 2.0), (StableDiffusion, 7.5), (SDXL, 5.0)])
+def test_latents_are_not_clipped_unless_asked(kind, guidance):
+  # What a public model is drawn with where its files say nothing.
+  options = base.make_options(kind, {})
+  assert options.guidance == guidance and not options.clip

@@ -10,16 +10,25 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from t2i_jax.errors import UserError
 from t2i_jax.networks.unet import UNet
 from t2i_jax.systems import base
 from t2i_jax.systems.base import GUIDE, Array, Batch, Conditioning, Field, Variables
 from t2i_jax.systems.diffusion.denoiser import DENOISER, Denoiser
+from t2i_jax.systems.diffusion.sampling import Options
 from t2i_jax.systems.diffusion.unet_options import check_network, make_unet
 
 FIRST_STAGE = "first_stage"
 LATENTS = "latents"  # the collection of what is measured of them
+
+
+@struct.dataclass
+class LatentOptions(Options):
+  """Sampling options, without the bounds that pictures have and latents have not."""
+
+  clip: bool = struct.field(pytree_node=False, default=False)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,6 +45,7 @@ class LDM(Denoiser):
     latent_statistics: mean and standard deviation of stored latents.
   """
 
+  Options = LatentOptions
   roles: ClassVar[tuple[str, ...]] = (FIRST_STAGE, GUIDE)
 
   latent_scale: float = 0.0

@@ -12,10 +12,16 @@ from flax import struct
 
 from t2i_jax.networks.layers.embeddings import timestep_embedding
 from t2i_jax.systems.base import Array, Batch, Conditioning, Field, Variables
-from t2i_jax.systems.diffusion.ldm import LDM
-from t2i_jax.systems.diffusion.sampling import Options
+from t2i_jax.systems.diffusion.ldm import LDM, LatentOptions
 
 SIZE_WIDTH = 256  # of the embedding of each of six numbers, Podell et al. 2023, section 2.2
+
+
+@struct.dataclass
+class StableDiffusionOptions(LatentOptions):
+  """Sampling options with the guidance at which versions 1 and 2 are mostly drawn from."""
+
+  guidance: float = 7.5
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -26,11 +32,13 @@ class StableDiffusion(LDM):
   last but one with it (2); `text.null` is "empty", and padding is attended to.
   """
 
+  Options = StableDiffusionOptions
+
   schedule: str = "scaled_linear"
 
 
 @struct.dataclass
-class SDXLOptions(Options):
+class SDXLOptions(LatentOptions):
   """Sampling options of SDXL, beside the common ones.
 
   Attributes:
@@ -39,6 +47,7 @@ class SDXLOptions(Options):
     crop_top, crop_left: pixels that were cut off; 0 gives centred subjects.
   """
 
+  guidance: float = 5.0
   original_height: int = 0
   original_width: int = 0
   crop_top: int = 0
