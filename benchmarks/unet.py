@@ -7,6 +7,7 @@ are checked to give the same output; float32; rounds in turns, both sides warm.
 """
 
 import argparse
+import dataclasses
 import statistics
 import time
 
@@ -18,12 +19,9 @@ import optax
 from t2i_jax.networks.unet import UNet
 from t2i_jax.parallel.compiler_flags import compiler_options
 from t2i_jax.weights.stored import Stored
-from t2i_jax.weights.unet import unet2d_map
+from t2i_jax.weights.unet import diffusers_map
+from t2i_jax.weights.unet_config import from_diffusers
 
-OPTIONS = dict(
-  channels=64, multipliers=(1, 2, 2), blocks=2, attention="block", attention_levels=(2,),
-  head_channels=32, groups=32, epsilon=1e-5, scale_shift=False, symmetric=True,
-)
 RATE = 1e-4
 
 
@@ -37,7 +35,9 @@ def main() -> None:
   import torch
 
   reference = reference_network(flags.resolution)
-  network, params = UNet(**OPTIONS), None
+  options = from_diffusers({**reference.config, "_class_name": type(reference).__name__})
+  fields = {field.name for field in dataclasses.fields(UNet)}
+  network = UNet(**{name: value for name, value in options.items() if name in fields})
   shape = (flags.batch_size, flags.resolution, flags.resolution, 3)
   abstract = jax.eval_shape(
     network.init, jax.random.key(0), jnp.zeros(shape), jnp.zeros(flags.batch_size)
@@ -46,7 +46,7 @@ def main() -> None:
     name: Stored(tuple(x.shape), np.dtype("float32"), lambda x=x: x.detach().numpy())
     for name, x in reference.state_dict().items()
   }
-  params = unet2d_map(OPTIONS).load(stored, abstract, source="the reference")
+  params = diffusers_map(options).load(stored, abstract, source="the reference")
   random = np.random.default_rng(0)
   x, noise = (random.normal(size=shape).astype(np.float32) for _ in range(2))
   t = random.integers(0, 1000, flags.batch_size)

@@ -123,7 +123,9 @@ def write(
   except (OSError, UserError) as error:
     shutil.rmtree(beside.parent if remote else beside, ignore_errors=True)
     if isinstance(error, UserError):
-      raise
+      if not isinstance(error.__cause__, OSError):
+        raise
+      error = error.__cause__  # whose file is one that nobody asked for
     raise UserError(f"cannot write the export {path}: {error.strerror or error}; "
                     "free space there or choose another folder") from error
   return path

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -437,11 +438,15 @@ def test_long_captions_are_said_once_at_the_start(tmp_path, capfd):
 
 
 def test_a_full_disk_leaves_the_old_export_whole(run, exported, fails, monkeypatch):
-  def full(*args, **kwargs):
-    raise OSError(28, "No space left on device")
+  opened = Path.open
+
+  def full(path, mode="r", *args, **kwargs):
+    if "w" in mode and path.suffix == ".writing":
+      raise OSError(28, "No space left on device")
+    return opened(path, mode, *args, **kwargs)
 
   before = {path.name: path.read_bytes() for path in exported.iterdir()}
-  monkeypatch.setattr("safetensors.numpy.save_file", full)
+  monkeypatch.setattr(Path, "open", full)
   message = fails(export, f"--workdir={run}", f"--output={exported}")
   assert message == (f"cannot write the export {exported}: No space left on device; free space "
                      "there or choose another folder")
