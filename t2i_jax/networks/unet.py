@@ -76,7 +76,10 @@ class Trunk(nn.Module):
     return int(self.channels * self.multipliers[i])
 
   def embedded(self, t: Array, pooled: Array | None = None, label: Array | None = None) -> Array:
-    """t [B], pooled [B, P], label int32 [B] or [B, labels] -> [B, 4 channels]."""
+    """t [B], pooled [B, P], label int32 [B] or [B, labels] -> [B, 4 channels].
+
+    A label below 0 is unsaid and adds nothing.
+    """
     width = 4 * self.channels
     dense = lambda name: nn.Dense(width, dtype=self.dtype, name=name)  # noqa: E731
     e = timestep_embedding(t, self.channels, sine_first=self.sine_first).astype(self.dtype)
@@ -86,7 +89,9 @@ class Trunk(nn.Module):
       e = e + (dense("pooled_out")(nn.silu(pooled)) if self.pooled_mlp else pooled)
     if self.classes:
       table = nn.Embed(self.classes, width, dtype=self.dtype, name="label")
-      e = e + jnp.sum(table(label.reshape(len(label), -1)), axis=1)
+      label = label.reshape(len(label), -1)
+      said = (label >= 0)[..., None]
+      e = e + jnp.sum(jnp.where(said, table(jnp.maximum(label, 0)), 0), axis=1)
     return e
 
   def resblock(self, channels: int, name: str, resample: str = "none") -> ResBlock:
@@ -180,7 +185,8 @@ class UNet(Trunk):
       pooled: [B, P] vector, added to the time embedding.
       layout: [B, S, S, F] features of a coarse grid, put beside the picture; S
         divides H / patch and W / patch.
-      label: int32 [B], one of `classes`; or [B, labels], whose embeddings are added up.
+      label: int32 [B], one of `classes`, or -1 for none; or [B, labels], whose embeddings are
+        added up.
       train: whether dropout is on (needs the `dropout` rng).
 
     Returns:

@@ -12,6 +12,7 @@ from t2i_jax.errors import UserError, unknown
 from t2i_jax.systems import base
 
 SYSTEMS = {
+  "adm": "t2i_jax.systems.diffusion.adm:ADM",
   "conditional_vae": "t2i_jax.systems.vae.conditional_vae:ConditionalVAE",
   "feature_net": "t2i_jax.systems.perceptual.feature_net:FeatureNet",
   "gan_cls": "t2i_jax.systems.gan.gan_cls:GANCLS",

@@ -110,7 +110,7 @@ class DDPM(Denoiser):
 
   def loss(self, variables: Variables, batch: Batch, rng: Array, step: Array):
     """The weighted error of Ho et al. 2020, algorithm 1, and, with a draft, its squared error."""
-    given, drafted = self._drafted(variables, self.text(variables, batch, rng))
+    given, drafted = self.reading(variables, batch, rng)
     loss = jnp.mean(self.errors(variables, batch, given, rng, train=True))
     if drafted is None:
       return loss, Aux()
@@ -119,7 +119,16 @@ class DDPM(Denoiser):
     return loss + draft, Aux({"loss": loss, "draft": draft})
 
   def given(self, variables: Variables, batch: Batch, rng: Array | None = None) -> Conditioning:
-    return self._drafted(variables, super().given(variables, batch, rng))[0]
+    return self.reading(variables, batch, rng)[0]
+
+  def reading(
+    self, variables: Variables, batch: Batch, rng: Array | None
+  ) -> tuple[Conditioning, Array | None]:
+    """The condition of a batch, and the draft that is made of it, if there is one.
+
+    With `rng`, captions are dropped as in training.
+    """
+    return self._drafted(variables, self.text(variables, batch, rng))
 
   def condition(self, variables: Variables, batch: Batch) -> Conditioning:
     given = super().condition(variables, batch)

@@ -8,11 +8,12 @@ from t2i_jax.networks.unet import ATTENTIONS, UNet
 from t2i_jax.systems import base
 
 
-def make_unet(values: Any, out_channels: int) -> UNet:
-  """The U-Net of the options that `values` has as attributes."""
-  names = {field.name for field in dataclasses.fields(UNet)} - {"parent", "name", "out_channels"}
+def make_unet(values: Any, out_channels: int, classes: int = 0) -> UNet:
+  """The U-Net of the options that `values` has as attributes, with that many labels."""
+  given = {"parent", "name", "out_channels", "classes"}
+  names = {field.name for field in dataclasses.fields(UNet)} - given
   own = {name: getattr(values, name) for name in names if hasattr(values, name)}
-  return UNet(out_channels=out_channels, **own)
+  return UNet(out_channels=out_channels, classes=classes, **own)
 
 
 def check_network(values: Any) -> None:
