@@ -1,21 +1,20 @@
 """ADM: the U-Net of guided diffusion with learned variances, on labels and under a classifier.
 
-  python -m t2i_jax.main --config=configs/adm.py --workdir=runs/adm
+  python -m t2i_jax.main --config=configs/adm.py:labels=no --workdir=runs/adm
   python -m t2i_jax.main --config=configs/noisy_classifier.py --workdir=runs/classifier
   python -m t2i_jax.evaluate --export=runs/adm/export --guide=runs/classifier/export \\
-    --guide_scale=3
+    --option=guide_scale=3
 
-Nothing is told to "small" while it learns: the classifier alone makes it draw what is asked for
-(docs/guidance.md shows with what success, by scale). `labels=yes` tells it the labels too.
+With `labels=no` the network is told nothing: the classifier alone makes it draw what is asked for
+(docs/guidance.md shows with what success, by scale).
 
 Expected: not known, no size was trained to its end here.
 
 Arguments:
   size: "small" (32 px, for two CPU cores, the default); "imagenet64", "imagenet128", "imagenet256"
-    and "imagenet512", the published networks; "lsun", the published one of 256 px without labels;
-    "tiny", for tests.
-  labels: whether the network is told the data set's labels, "yes" or "no"; by default as published,
-    and "no" for "small".
+    and "imagenet512", the published networks; "lsun", the published one of 256 px that was trained
+    with `labels=no`; "tiny", for tests.
+  labels: whether the network is told the data set's labels, "yes" (the default) or "no".
   dataset: "scenes" (one object), which has labels; "scenes_two", "scenes_all", "emoji", "folder",
     which have none.
 
@@ -31,8 +30,7 @@ from t2i_jax.config import choose, parse_arg
 PUBLISHED = dict(schedule="linear", channels=256, blocks=2, head_channels=64, groups=32)
 SIZES = {
   "small": dict(resolution=32, schedule="cosine", channels=48, multipliers=(1, 1, 1), blocks=1,
-                attention="compact", attention_levels=(1, 2), head_channels=48, groups=8, patch=2,
-                coordinates=3),
+                attention_levels=(1, 2), head_channels=48, groups=8, patch=2, coordinates=3),
   "imagenet64": dict(PUBLISHED, resolution=64, schedule="cosine", channels=192,
                      multipliers=(1, 2, 3, 4), attention_levels=(1, 2, 3), blocks=3, dropout=0.1),
   "imagenet128": dict(PUBLISHED, resolution=128, multipliers=(1, 1, 2, 3, 4),
@@ -56,13 +54,12 @@ DURATIONS = {
 
 
 def get_config(arg=None):
-  arg = parse_arg(arg, size="small", labels="", dataset="scenes")
+  arg = parse_arg(arg, size="small", labels="yes", dataset="scenes")
   config = recipe.base("adm", arg.dataset)
   config.model.update(choose("size", arg.size, SIZES))
   config.text.encoder = "none"
-  default = "no" if arg.size in ("small", "lsun") else "yes"
   labels = data.labels(config.data.name)
-  if choose("labels", arg.labels or default, {"yes": True, "no": False}) and labels:
+  if choose("labels", arg.labels, {"yes": True, "no": False}) and labels:
     config.data.options.labels = True
     config.model.classes = tuple(labels.items())
   config.sample.options.update(solver="ddpm", variance="learned", steps=250)
@@ -71,7 +68,7 @@ def get_config(arg=None):
     return config
   if arg.size == "small":
     config.model.update(prediction="v", weighting="v_bounded", weighting_bound=10.0)
-    config.train.update(duration="4000 steps", batch_size=32)
+    config.train.update(duration="3000 steps", batch_size=32)
     config.optimizer.update(
       name="muon", learning_rate=3e-3, b2=0.99, weight_decay=0.01, schedule="cosine",
       warmup="50 steps",

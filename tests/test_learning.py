@@ -22,6 +22,7 @@ APART = {
     ("clip", "feature_net", "kl_autoencoder", "noisy_classifier", "semantic_guidance"),
     "draws nothing of a text; its own test trains it",
   ),
+  "adm": "is guided by a classifier, or told labels",
   **dict.fromkeys(("ldm", "lora", "sdxl", "stable_diffusion"), "is built on other exports"),
 }
 
