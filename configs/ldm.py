@@ -31,11 +31,12 @@ PUBLISHED = dict(
   multipliers=(1, 2, 4, 4), blocks=2, attention_levels=(0, 1, 2), heads=8, groups=32,
 )
 SIZES = {
-  # Coordinates tell the small network what is where.
-  "small": dict(resolution=64, channels=64, multipliers=(1, 2), attention_levels=(0, 1),
-                blocks=1, heads=2, groups=16, coordinates=3, scale_shift=True, schedule="cosine",
-                prediction="v", weighting="v_bounded", weighting_bound=10.0,
-                density="logit_normal"),
+  # As configs/quickstart.py: coordinates tell the small network what is where, and times are
+  # trained at which the text decides something.
+  "small": dict(resolution=64, channels=48, multipliers=(1, 1, 1), attention_levels=(1, 2),
+                blocks=1, heads=2, groups=8, coordinates=3, scale_shift=True, schedule="cosine",
+                prediction="x0", weighting="v_bounded", weighting_bound=10.0,
+                density="logit_normal", density_spread=1.2, time_shift=1.5),
   "1.4B": dict(PUBLISHED, resolution=256, latent_scale=0.18215),
   "tiny": dict(PUBLISHED, resolution=16, channels=16, multipliers=(1, 2), attention_levels=(0, 1),
                blocks=1, heads=2, groups=8, steps=50),
@@ -56,11 +57,11 @@ def get_config(arg=None):
     config.sample.options.guidance = 5.0
   else:
     config.text.update(width=64, heads=2, pool="flatten")
-    config.train.update(duration="6000 steps", batch_size=32)
+    config.train.update(duration="5000 steps", batch_size=16)
     config.optimizer.update(
       name="muon", learning_rate=3e-3, b2=0.99, weight_decay=0.01, schedule="cosine",
       warmup="50 steps", multipliers=recipe.SLOW_TEXT,
     )
     config.ema.decay = 0.999
-    config.sample.options.steps = 25
+    config.sample.options.update(steps=25, guidance=1.75)
   return config

@@ -111,7 +111,7 @@ def _export(flags, only) -> list:
   """Makes an export of what is at the source; lines to print."""
   path = Path(flags.source).expanduser()
   if path.is_file():
-    return [_of_file(flags, only, path)]
+    return _of_file(flags, only, path)
   from t2i_jax.conversion import autoencoder, pipelines
   from t2i_jax.weights.perceptual import FILES
 
@@ -134,26 +134,33 @@ def _export(flags, only) -> list:
   return [_text(flags, only)]
 
 
-def _of_file(flags, only, path: Path) -> Path:
-  from t2i_jax.conversion import autoencoder, single_file
+def _of_file(flags, only, path: Path) -> list:
+  from t2i_jax.conversion import autoencoder, guided_diffusion, single_file
+  from t2i_jax.weights.guided_diffusion import kind_of
   from t2i_jax.weights.stored import open_weights
 
   tensors = open_weights(path)
   if single_file.holds_model(tensors):
     only("a model in one file", *SINGLE_FILE, "tokenizer", "resolution")
-    return single_file.convert(
+    return [single_file.convert(
       flags.source, flags.output, flags.tokenizer, prediction=flags.prediction,
       zero_terminal_snr=flags.zero_terminal_snr, ema=flags.ema, resolution=flags.resolution,
       dtype=flags.dtype,
-    )  # fmt: skip
+    )]  # fmt: skip
+  if kind_of(tensors):
+    only("a file of guided diffusion", "resolution")
+    written, lines = guided_diffusion.convert(
+      tensors, str(path), flags.output, flags.resolution, flags.dtype
+    )
+    return [*lines, written]
   if not autoencoder.is_among(tensors):
-    return _text(flags, only)
+    return [_text(flags, only)]
   only("an autoencoder in a file", "resolution", "scale")
   if flags.scale <= 0:
     raise UserError(f"'{path}' holds an autoencoder, and does not say the scale of its latents: "
                     "give --scale=0.18215 for Stable Diffusion 1 and 2, --scale=0.13025 for XL")
   found = autoencoder.open_tensors(tensors, str(path), flags.resolution or 512, flags.scale)
-  return autoencoder.write(flags.output, found, flags.dtype)
+  return [autoencoder.write(flags.output, found, flags.dtype)]
 
 
 def _text(flags, only) -> Path:
@@ -172,7 +179,8 @@ def _text(flags, only) -> Path:
 def _given_back(flags) -> Path:
   """Writes an export as others have it."""
   from t2i_jax import export
-  from t2i_jax.conversion import autoencoder, folders, models, single_file, text
+  from t2i_jax.weights.guided_diffusion import CLASSIFIER, UNET
+  from t2i_jax.conversion import autoencoder, folders, guided_diffusion, models, single_file, text
 
   exported = export.read(flags.source)
   system = exported.config.system
@@ -182,6 +190,8 @@ def _given_back(flags) -> Path:
     raise UserError(f"{flags.source} is an export of a text encoder; use --to=huggingface")
   if flags.to == "diffusers" and system == "kl_autoencoder":
     return autoencoder.to_folder(exported, flags.output)
+  if flags.to == "single_file" and system in (UNET, CLASSIFIER):
+    return guided_diffusion.write(exported, flags.output)
   write = folders.write if flags.to == "diffusers" else single_file.write
   return write(models.taken_apart(exported), flags.output)
 

@@ -1,9 +1,10 @@
 """How a guide comes to an export or a run: its variables, its tokenizer, the labels it reads."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from t2i_jax import data, export
@@ -50,9 +51,32 @@ def with_tokenizer(tokenizers: Tokenizers, given: Mapping[str, Tokenizers]) -> T
 
 
 def check_labels(system: System, config: ConfigDict) -> None:
-  """Raises UserError unless the run's data set reads from captions the labels that are wanted."""
-  there = data.labels(config.data.name) or {}
-  if tuple(there.items()) != tuple(map(tuple, system.labels)):
-    wanted = ", ".join(f"{name} ({number})" for name, number in system.labels)
-    raise UserError(f"pictures are drawn by the labels {wanted}, which the captions of data set "
-                    f"'{config.data.name}' do not say; use a guide or a model of that data set")
+  """Raises UserError unless the labels that are wanted can be read from prompts, `read_labels`."""
+  there = data.labels(config.data.name)
+  if _by_number(system, config) or tuple((there or {}).items()) == tuple(map(tuple, system.labels)):
+    return
+  wanted = ", ".join(f"{name} ({number})" for name, number in system.labels)
+  raise UserError(f"pictures are drawn by the labels {wanted}, which the captions of data set "
+                  f"'{config.data.name}' do not say; use a guide or a model of that data set")
+
+
+def read_labels(system: System, config: ConfigDict, prompts: Sequence[str]) -> np.ndarray:
+  """The labels, int32 [n, attributes], that prompts say: a caption of the run's data set, or, where
+  it has no labels and one attribute is wanted, the number of its value ("207").
+
+  Raises:
+    UserError: a prompt says none.
+  """
+  if not _by_number(system, config):
+    return data.read_labels(config.data.name, prompts)
+  ((name, number),) = system.labels
+  numbers = {str(value): value for value in range(number)}
+  for prompt in prompts:
+    if prompt.strip() not in numbers:
+      raise UserError(f"a label cannot be read: the prompt '{prompt}' is no number of a {name}; "
+                      f"give one of 0 to {number - 1}")
+  return np.array([numbers[prompt.strip()] for prompt in prompts], np.int32)[:, None]
+
+
+def _by_number(system: System, config: ConfigDict) -> bool:
+  return len(system.labels) == 1 and data.labels(config.data.name) is None

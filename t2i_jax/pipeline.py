@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from t2i_jax import assembly, data, export, guiding
+from t2i_jax import assembly, export, guiding
 from t2i_jax.errors import UserError
 from t2i_jax.parallel.compiler_flags import compiler_options
 from t2i_jax.parallel.mesh import batch_sharding, batch_shards, make_mesh, replicated
@@ -276,12 +276,12 @@ class Pipeline:
     """A batch of prompts on the host, filled up to `rows`: their `text`, and `label` if wanted.
 
     Raises:
-      UserError: for a prompt whose labels the data set cannot read.
+      UserError: for a prompt whose labels cannot be read.
     """
     blank = rows - len(prompts)
     batch: dict[str, Any] = {"text": self.tokenizers.encode([*prompts, *[""] * blank])}
     if self.system.labels:
-      labels = data.read_labels(self.config.data.name, prompts)
+      labels = guiding.read_labels(self.system, self.config, prompts)
       batch["label"] = np.pad(labels, ((0, blank), (0, 0)), constant_values=-1)
     return batch
 

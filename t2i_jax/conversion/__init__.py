@@ -9,6 +9,7 @@ from typing import Any
 from t2i_jax.errors import UserError
 
 LENGTH = 77  # tokens of a caption, of CLIP and of latent diffusion, and of T5 in SD3
+SAFETENSORS = ".safetensors"
 DTYPES = ("stored", "float32", "float16", "bfloat16")
 
 
@@ -41,6 +42,16 @@ def new_folder(path: Path) -> Path:
   if path.exists() and (not path.is_dir() or any(path.iterdir())):
     raise UserError(f"'{path}' is there and not empty, so it is not written to; choose another")
   path.mkdir(parents=True, exist_ok=True)
+  return path
+
+
+def new_file(name: str) -> Path:
+  """The path of a file of tensors that is to be written; UserError where something is."""
+  path = Path(name).expanduser()
+  if path.suffix != SAFETENSORS:
+    raise UserError(f"--output={name} is no name of a file; let it end in {SAFETENSORS}")
+  if path.exists():
+    raise UserError(f"'{path}' is there already, so it is not written to; choose another")
   return path
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from t2i_jax import config as configs
-from t2i_jax.conversion import autoencoder, parts, text
+from t2i_jax.conversion import autoencoder, new_file, parts, text
 from t2i_jax.conversion.models import Held
 from t2i_jax.conversion.pipelines import FORMS
 from t2i_jax.errors import UserError
@@ -24,7 +24,6 @@ from t2i_jax.weights.stored import Tensors, open_weights
 from t2i_jax.weights.text_encoders import CLIP_TEXT, OPEN_CLIP_TEXT
 from t2i_jax.weights.unet_config import linear_projections
 
-SUFFIX = ".safetensors"
 # How the names of the text encoders begin, of CLIP under transformers' names and under OpenCLIP's.
 CLIP, OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
 FIRST, SECOND = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
@@ -137,11 +136,7 @@ def write(held: Held, output: str) -> Path:
   Raises:
     UserError: there is no such model in one file.
   """
-  path = Path(output).expanduser()
-  if path.suffix != SUFFIX:
-    raise UserError(f"--output={output} is no name of a file; let it end in {SUFFIX}")
-  if path.exists():
-    raise UserError(f"'{path}' is there already, so it is not written to; choose another")
+  path = new_file(output)
   names = unets.single_file_map(held.options, not linear_projections(held.options))
   tensors = _begun(unets.SINGLE_FILE, names.save(held.denoiser))
   stage = {name: held.first_stage.params[name] for name in autoencoder.GROUPS}

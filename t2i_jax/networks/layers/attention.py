@@ -3,7 +3,10 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
+from t2i_jax.networks.layers import backends
+from t2i_jax.networks.layers.stack import ATTENDED
 from t2i_jax.parallel.sharding import logical
 
 Array = jax.Array
@@ -18,7 +21,7 @@ def attend(
   bias: Array | None = None,
   scale: float | None = None,
 ) -> Array:
-  """Scaled dot-product attention.
+  """Scaled dot-product attention, by what the platform has for it (`backends`).
 
   Args:
     query: [B, T, H, D].
@@ -30,7 +33,27 @@ def attend(
   Returns:
     [B, T, H, D]. The softmax is computed in float32 whatever the inputs are.
   """
-  return jax.nn.dot_product_attention(query, key, value, bias, mask, scale=scale)
+  fused = backends.choose(query, key, mask, bias)
+  if fused is not None:
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return checkpoint_name(fused(query, key, value, mask, scale), ATTENDED)
+  out = jax.nn.dot_product_attention(query, key, value, bias, mask, scale=scale)
+  return checkpoint_name(out, ATTENDED)
+
+
+def head_norm(x: Array, scale: Array) -> Array:
+  """Root-mean-square norm of each head's units (Esser et al. 2024, section 5.3.2).
+
+  Args:
+    x: queries or keys [B, T, H, D].
+    scale: float32 [D].
+
+  Returns:
+    [B, T, H, D] of the type of x; computed in float32.
+  """
+  y = x.astype(jnp.float32)
+  y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + 1e-6)
+  return (y * scale).astype(x.dtype)
 
 
 class MultiHeadAttention(nn.Module):
@@ -44,6 +67,7 @@ class MultiHeadAttention(nn.Module):
     head_size: units of a head; the width of `x` over their number if None.
     input_bias, output_bias: whether the projections have biases.
     scale: of the scores; 1 / sqrt(units of a head) if None.
+    kernel_init: of the projections.
   """
 
   heads: int
@@ -53,6 +77,7 @@ class MultiHeadAttention(nn.Module):
   input_bias: bool = True
   output_bias: bool = True
   scale: float | None = None
+  kernel_init: nn.initializers.Initializer = xavier
 
   @nn.compact
   def __call__(
@@ -74,7 +99,8 @@ class MultiHeadAttention(nn.Module):
     split = lambda y: y.reshape(*y.shape[:2], self.heads, size)  # noqa: E731
     project = lambda name, y: split(  # noqa: E731
       nn.Dense(
-        self.heads * size, self.input_bias, dtype=self.dtype, kernel_init=xavier, name=name
+        self.heads * size, self.input_bias, dtype=self.dtype, kernel_init=self.kernel_init,
+        name=name,
       )(y)
     )
     query = logical(project("query", x), "batch", "length", "heads", None)
@@ -89,7 +115,7 @@ class MultiHeadAttention(nn.Module):
       mask = mask[:, None, None, :]
     out = attend(query, key, value, mask, bias, self.scale)
     out = out.reshape(*x.shape[:2], self.heads * size)
-    init = nn.initializers.zeros if self.zero_output else xavier
+    init = nn.initializers.zeros if self.zero_output else self.kernel_init
     return nn.Dense(
       width, self.output_bias, dtype=self.dtype, kernel_init=init, name="out"
     )(out)

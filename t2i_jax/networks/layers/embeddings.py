@@ -42,6 +42,17 @@ def sincos_2d(height: int, width: int, channels: int) -> np.ndarray:
   return np.concatenate([sincos_1d(rows, half), sincos_1d(columns, channels - half)], axis=1)
 
 
+def patch_positions(rows: np.ndarray, columns: np.ndarray, channels: int) -> np.ndarray:
+  """Fixed positions of patches, [len(rows) * len(columns), channels]: half for columns, then rows.
+
+  As diffusion transformers have them; they may be fractional. `sincos_2d` has the halves the other
+  way round.
+  """
+  grid = np.meshgrid(rows, columns, indexing="ij")
+  half = channels // 2
+  return np.concatenate([sincos_1d(grid[1], half), sincos_1d(grid[0], channels - half)], axis=1)
+
+
 def coordinate_channels(height: int, width: int, frequencies: int) -> np.ndarray:
   """Sines and cosines of the coordinates in [0, 1], [height, width, 4 * frequencies].
 
