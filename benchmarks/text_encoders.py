@@ -144,7 +144,7 @@ def compile_for_slice(flags) -> None:
   """T5-XXL's encoding of 64 prompts of 128 tokens, parameters in bfloat16 over all chips."""
   from t2i_jax.parallel.mesh import batch_sharding
   from t2i_jax.parallel.sharding import parse_rules, shardings
-  from t2i_jax.parallel.topology import CHIP_MEMORY, bytes_a_chip, slice_mesh
+  from t2i_jax.parallel.topology import bytes_a_chip, chip_of, slice_mesh
 
   mesh = slice_mesh(flags.topology, {"fsdp": -1})
   network = t5.T5Encoder(t5.SIZES["XXL"], jnp.bfloat16)
@@ -163,7 +163,7 @@ def compile_for_slice(flags) -> None:
     )
     compiled = encode.lower(params, ids, mask).compile()
   needed = bytes_a_chip(compiled)
-  chip = CHIP_MEMORY[flags.topology.partition(":")[0]]
+  chip = chip_of(flags.topology).memory
   print(f"T5-XXL on {flags.topology}, fsdp={mesh.shape['fsdp']}, 64 prompts of 128 tokens: "
         + ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in needed.items())
         + f" a chip of {chip / 2**30:.0f} GiB; compiled in {time.perf_counter() - started:.0f} s")

@@ -27,7 +27,7 @@ LAYERS = (
   ("training",),
   ("recipe", "assembly", "guiding", "caches", "export", "restore", "pipeline", "hooks", "command"),
   ("main", "sample", "evaluate", "convert", "conversion", "precompute", "precompute_text",
-   "precompute_latents", "plan", "adapters"),
+   "precompute_latents", "plan", "planning", "adapters"),
 )
 # What a folder must not know, beyond its layer.
 APART = {

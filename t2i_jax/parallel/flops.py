@@ -30,14 +30,15 @@ import jax
 import numpy as np
 from jax import lax
 
+from t2i_jax.parallel.chips import CHIPS
+
 # Dense bfloat16 FLOP/s of one device, by the whole of its `device_kind`.
-# Sources: cloud.google.com/tpu/docs (v4, v5e, v5p, v6e); NVIDIA A100, H100 and
-# H200 data sheets, SXM modules, without sparsity.
+# Sources: `chips.py`; NVIDIA A100, H100 and H200 data sheets, SXM modules, without sparsity.
 _PEAK = (
-  (r"TPU v4", 275e12),
-  (r"TPU v5 lite|TPU v5e", 197e12),
-  (r"TPU v5p?", 459e12),
-  (r"TPU v6 lite|TPU v6e", 918e12),
+  (r"TPU v4", CHIPS["v4"].flops),
+  (r"TPU v5 lite|TPU v5e", CHIPS["v5e"].flops),
+  (r"TPU v5p?", CHIPS["v5p"].flops),
+  (r"TPU v6 lite|TPU v6e", CHIPS["v6e"].flops),
   (r"NVIDIA A100.*", 312e12),
   (r"NVIDIA H100 80GB HBM3", 989e12),
   (r"NVIDIA H200", 989e12),

@@ -11,34 +11,44 @@ import jax
 from jax.sharding import Mesh
 
 from t2i_jax.errors import UserError
+from t2i_jax.parallel.chips import CHIPS, Chip
 from t2i_jax.parallel.mesh import make_mesh
 
-# Memory of a chip in bytes, from https://cloud.google.com/tpu/docs, by generation.
-CHIP_MEMORY = {"v4": 32 << 30, "v5e": 16 << 30, "v5p": 95 << 30, "v6e": 32 << 30}
+
+def chip_of(topology: str) -> Chip:
+  """The chips of a slice; UserError for an unknown generation or what is no shape."""
+  generation = topology.partition(":")[0]
+  if generation not in CHIPS or not re.fullmatch(r"\w+:\d+(x\d+)+", topology):
+    raise UserError(f"topology '{topology}' is unknown; write {', '.join(CHIPS)} and a shape,"
+                    " such as v5e:2x4")
+  return CHIPS[generation]
 
 
-def slice_mesh(topology: str, sizes: Mapping[str, int]) -> Mesh:
-  """The mesh of a TPU slice that is only compiled for.
+def slice_mesh(topology: str, sizes: Mapping[str, int], slices: int = 1) -> Mesh:
+  """The mesh of TPU slices that are only compiled for.
 
   Args:
-    topology: generation and shape, such as "v5e:2x4" or "v5p:4x4x4".
+    topology: generation and shape of a slice, such as "v5e:2x4" or "v5p:4x4x4".
     sizes: devices along the mesh's axes; one may be -1.
+    slices: how many there are, joined by the data centre's network.
 
   Raises:
     UserError: an unknown generation or shape, no TPU compiler, or sizes that do not fit.
   """
+  chip_of(topology)
   generation = topology.partition(":")[0]
-  if generation not in CHIP_MEMORY or not re.fullmatch(r"\w+:\d+(x\d+)+", topology):
-    raise UserError(f"topology '{topology}' is unknown; write {', '.join(CHIP_MEMORY)} and a shape,"
-                    " such as v5e:2x4")
   # Without a TPU the compiler's library would wait for answers about one.
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
   os.environ.setdefault("TPU_ACCELERATOR_TYPE", f"{generation}-8")
   os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+  # Nothing is run, so several processes may compile at once.
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
   from jax.experimental import topologies
 
   try:
-    found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    found = topologies.get_topology_desc(
+      platform="tpu", topology_name=topology, num_slices=slices
+    )
   except Exception as error:  # jax and the library raise many kinds
     why = str(error).strip().splitlines()[0]
     raise UserError(f"cannot compile for {topology} ({why}); install the compiler with "

@@ -227,7 +227,7 @@ class TextConditioner:
       text = self.components[name].null_text()
     else:
       text = null_text(self.length)
-    return {k: jnp.reshape(jnp.asarray(text[k]), (1, -1)) for k in ("ids", "mask")}
+    return {k: np.reshape(np.asarray(text[k]), (1, -1)) for k in ("ids", "mask")}
 
   def _dropped(self, rng: Array | None, name: str, rows: int) -> Array | None:
     """bool [B], the rows whose caption this encoder is not shown; None for none."""

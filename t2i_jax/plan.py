@@ -1,0 +1,129 @@
+"""`python -m t2i_jax.plan --config=configs/NAME.py --topology=v5e:4x4`: a run before it costs."""
+
+import os
+from collections.abc import Iterator, Sequence
+
+from t2i_jax import command
+from t2i_jax import config as configs
+from t2i_jax.errors import UserError
+
+
+def main(argv: list[str] | None = None) -> None:
+  """The command; see `--help`."""
+  parser = command.parser(
+    "t2i_jax.plan",
+    "Compiles a config's training step for a TPU slice, on a machine that has none, and says\n"
+    "what it needs and what bounds it: parameters, FLOPs, bytes a chip, what the chips send.\n"
+    "Components that the config does not name an export of are taken as they were published, and\n"
+    "text features and latents come with the batch, as from t2i_jax.precompute.\n"
+    "Needs pip install 'jax[tpu]'.",
+    "python -m t2i_jax.plan --config=configs/stable_diffusion.py --topology=v5e:4x4 "
+    "--config.mesh.data=1 --config.mesh.fsdp=-1 --config.train.batch_size=64",
+    "python -m t2i_jax.plan --config=configs/sdxl.py --topology=v5p:2x2x2 --search "
+    "--config.mesh.data=1 --config.mesh.fsdp=-1",
+    "python -m t2i_jax.plan --config=configs/stable_diffusion.py:size=2 --topology=v5e:4x4 "
+    "--component=text_encoder=openclip-h",
+  )
+  parser.add_argument("--config", required=True, metavar="FILE.py[:KEY=VALUE,...]",
+                      help="the config, and its arguments")
+  parser.add_argument("--topology", required=True, metavar="GENERATION:SHAPE",
+                      help="the slice, such as v5e:16x16 or v5p:4x4x4")
+  parser.add_argument("--slices", type=int, default=1, help="how many of them (1)")
+  parser.add_argument("--component", action="append", default=[], metavar="NAME=PUBLISHED",
+                      help="a published model as a component; may be repeated")
+  parser.add_argument("--encode", action="store_true",
+                      help="text encoders and first stage are part of the step")
+  parser.add_argument("--search", action="store_true",
+                      help="find the largest batch that fits, by how much is computed again")
+  settings, rest = command.split_settings(argv)
+  command.run(parser, rest, lambda flags: _plan(flags, settings))
+
+
+def _plan(flags, settings: Sequence[str]) -> None:
+  # Compiling for a TPU runs on the CPU; a TPU that is there is another's.
+  os.environ.setdefault("JAX_PLATFORMS", "cpu")
+  values = command.overrides(settings)
+  config = configs.load_config(flags.config, {"precision.compute": "bfloat16", **values})
+  configs.check_ranges(config)
+  if flags.slices < 1:
+    raise UserError(f"--slices={flags.slices}: use 1 or more")
+  from t2i_jax.parallel.topology import chip_of, slice_mesh
+  from t2i_jax.planning import published, report
+
+  names = dict(published.OF_SYSTEM.get(config.system, {}))
+  if config.text.encoder != "component":
+    names = {name: what for name, what in names.items() if not name.startswith("text_encoder")}
+  for text in flags.component:
+    name, equals, what = text.partition("=")
+    if not equals:
+      raise UserError(f"--component={text}: write NAME=PUBLISHED, such as text_encoder=clip-l")
+    names[name] = what
+  names = {name: what for name, what in names.items() if name not in config.components}
+  chip = chip_of(flags.topology)
+  mesh = slice_mesh(flags.topology, config.mesh.to_dict(), flags.slices)
+  slices = f"{flags.slices} x {flags.topology}" if flags.slices > 1 else flags.topology
+  axes = ", ".join(f"{axis}={n}" for axis, n in mesh.shape.items() if n > 1)
+  print(f"{flags.config} on {slices}: {mesh.size} chips ({axes or 'one'})", flush=True)
+  for name, what in names.items():
+    print(f"  {name}: {what}, as published")
+
+  def measured(config) -> report.Report:
+    parts = report.build(config, names, flags.encode)
+    print("compiling; some minutes for large networks", flush=True)
+    return report.measure(config, mesh, chip, parts)
+
+  if flags.search:
+    _search(config, measured, mesh, report)
+    return
+  found = measured(config)
+  print(report.table(found))
+  if not found.fits:
+    print("It does not fit. What makes it smaller, one or several of:")
+    for line in report.advice(found, config, mesh):
+      print(f"  {line}")
+
+
+def _search(config, measured, mesh, report) -> None:
+  """Prints the largest batch that fits for each policy of rematerialisation."""
+  from t2i_jax.parallel.mesh import batch_shards
+
+  shards = batch_shards(mesh)
+  best = []
+  for policy in _policies(config):
+    low, high, kept = 0, None, None
+    parts = 1
+    while high is None or high - low > max(low // 8, 1):
+      with config.unlocked():
+        config.train.batch_size = parts * shards
+        if policy is not None:
+          config.model.remat = policy
+      found = measured(config)
+      said = "fits" if found.fits else "does not fit"
+      print(f"remat={policy}, batch {config.train.batch_size} ({parts} a part): {said}", flush=True)
+      low, high, kept = (parts, high, found) if found.fits else (low, parts, kept)
+      if high == 1:
+        break
+      parts = 2 * low if high is None else (low + high) // 2
+    print(f"remat={policy}: " + (f"{low * shards} pictures fit" if kept else "nothing fits"))
+    if kept:
+      print(report.table(kept), flush=True)
+      best.append((kept.batch_size / max(kept.bounds.values()), policy, kept))
+  if not best:
+    raise UserError("not even the smallest batch fits; use a larger slice, or mesh.tensor")
+  speed, policy, kept = max(best, key=lambda row: row[0])
+  print(f"fastest on paper: remat={policy}, batch {kept.batch_size}: {speed:,.0f} pictures/s")
+
+
+def _policies(config) -> Iterator:
+  """Values of `model.remat` from least to most that is computed again; None where it has none."""
+  value = config.model.get("remat")
+  if value is None:
+    yield None
+  elif isinstance(value, bool):
+    yield from (False, True)
+  else:
+    yield from ("none", "attention", "dots", "full")
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,1 @@
+"""What a training step will need of a TPU slice, found by compiling it for one; see `plan.py`."""

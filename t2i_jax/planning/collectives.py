@@ -1,0 +1,131 @@
+"""What the chips send each other in a compiled program, read from its text (HLO).
+
+A collective in a loop's body counts as often as the loop runs. Bytes are of one chip: `payload`,
+the array that is gathered, reduced or exchanged, and `wire`, what a ring makes each chip send of
+it (Patarasuk and Yuan 2009, Bandwidth optimal all-reduce algorithms): of n chips, (n - 1)/n of the
+array for a gather or a scattered reduction, and twice that for a reduction that all get.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+KINDS = (
+  "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
+  "collective-broadcast", "ragged-all-to-all",
+)  # fmt: skip
+# Bits of an element, by the type's name in HLO.
+BITS = {
+  "pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "s32": 32, "u32": 32,
+  "s64": 64, "u64": 64, "f16": 16, "bf16": 16, "f32": 32, "f64": 64, "c64": 64, "c128": 128,
+}  # fmt: skip
+_SCATTERED = "all-reduce-scatter"  # what the TPU's compiler calls its fusions that do it
+
+
+@dataclasses.dataclass
+class Traffic:
+  """Of all collectives of a kind in one step, of one chip.
+
+  Attributes:
+    calls: how many there are.
+    payload, wire: bytes; see the module's docstring.
+  """
+
+  calls: int = 0
+  payload: int = 0
+  wire: int = 0
+
+
+def traffic(text: str, devices: int) -> dict[str, Traffic]:
+  """The collectives of a program by kind.
+
+  Args:
+    text: `compiled.as_text()`.
+    devices: that the program runs on, for collectives that name no groups.
+  """
+  entry, computations = _computations(text)
+  found: dict[str, Traffic] = {}
+  for line, times, scattered in _walked(computations, entry, 1, False):
+    kind = _kind(line)
+    if kind is None:
+      continue
+    group = _group_size(line, devices)
+    size = _bytes(line, kind, group)
+    if kind == "all-reduce" and scattered:
+      kind = "reduce-scatter"
+    share = {"collective-permute": 1.0}.get(kind, (group - 1) / group)
+    passes = 2 if kind == "all-reduce" else 1
+    total = found.setdefault(kind, Traffic())
+    total.calls += times
+    total.payload += times * size
+    total.wire += round(times * passes * share * size)
+  return found
+
+
+def _computations(text: str) -> tuple[str, dict[str, list[str]]]:
+  """The entry's name, and the instructions of each computation."""
+  entry, name, computations = "", "", {}
+  for line in text.splitlines():
+    if found := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{\s*$", line):
+      name = found[2]
+      entry = name if found[1] else entry
+      computations[name] = []
+    elif " = " in line and name:
+      computations[name].append(line.strip())
+  return entry, computations
+
+
+def _walked(
+  computations: dict[str, list[str]], name: str, times: int, scattered: bool
+) -> Iterator[tuple[str, int, bool]]:
+  """Instructions that may be collectives, how often each runs, whether in a scattering fusion."""
+  for line in computations.get(name, ()):
+    if " while(" in line:
+      trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
+      body = re.search(r"body=%?([\w.\-]+)", line)
+      if body:
+        yield from _walked(computations, body[1], times * int(trips[1] if trips else 1), scattered)
+      continue
+    if _kind(line):
+      yield line, times, scattered
+      continue
+    for called in re.findall(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)",
+                             line):
+      yield from _walked(
+        computations, called, times, scattered or _SCATTERED in called or _SCATTERED in line[:80]
+      )
+    if branches := re.search(r"branch_computations=\{([^}]*)\}", line):
+      for called in re.findall(r"%?([\w.\-]+)", branches[1]):
+        yield from _walked(computations, called, times, scattered)
+
+
+def _kind(line: str) -> str | None:
+  """The collective that an instruction is; the end of one that was begun is none."""
+  found = re.search(rf"[\])}}] ({'|'.join(KINDS)})(-start)?\(", line)
+  return found[1] if found else None
+
+
+def _group_size(line: str, devices: int) -> int:
+  if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
+    return len(listed[1].split(","))
+  if counted := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
+    return int(counted[2])
+  return devices
+
+
+def _bytes(line: str, kind: str, group: int) -> int:
+  """Of the whole array: what a gather gives, what a scattered reduction takes."""
+  shapes = line.split(" = ", 1)[1]
+  shapes = shapes[: re.search(rf"[\])}}] {kind}", shapes).start() + 1]
+  sizes = [
+    math.ceil(math.prod(int(n) for n in dims.split(",") if n) * BITS[kind_] / 8)
+    for kind_, dims in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shapes) if kind_ in BITS
+  ]  # fmt: skip
+  if f"{kind}-start(" in line and len(sizes) > 1:
+    # What goes in and what comes out, and counters of a few bytes.
+    if kind == "all-gather":
+      return max(sizes)
+    sizes = [size for size in sizes if size > 8]
+    return sum(sizes) // 2
+  return sum(sizes) * (group if kind == "reduce-scatter" else 1)

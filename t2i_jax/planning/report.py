@@ -1,0 +1,244 @@
+"""One training step compiled for a slice: what it needs, what bounds it, what to do about it."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from t2i_jax import assembly, systems
+from t2i_jax import config as configs
+from t2i_jax.parallel.chips import Chip
+from t2i_jax.parallel.mesh import batch_sharding, check_batch
+from t2i_jax.parallel.topology import bytes_a_chip
+from t2i_jax.planning import published
+from t2i_jax.planning.collectives import Traffic, traffic
+from t2i_jax.restore import Plan
+from t2i_jax.systems import base
+from t2i_jax.systems.base import System
+from t2i_jax.training.compiled import CompiledStep
+from t2i_jax.training.step import StepOptions, make_step
+
+# A plan's run is this long: only schedules see it.
+STEPS = 100_000
+FIRST_STAGE = "first_stage"
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """A step on a slice.
+
+  Attributes:
+    batch_size: pictures a step, of all chips.
+    chips: how many.
+    chip: what each can do.
+    trained, frozen: numbers of parameters; frozen ones are those that the step computes with.
+    flops: of a step, over all chips.
+    needs: bytes of a chip: arguments, outputs, temporaries and peak; {} where the compiler refused.
+    moved: bytes that a chip reads and writes of its memory, at least: all it is given and gives
+      back once, and each temporary twice.
+    collectives: by kind, of a chip.
+    seconds: that compiling took.
+    refusal: what the compiler said, where it did not fit.
+  """
+
+  batch_size: int
+  chips: int
+  chip: Chip
+  trained: int
+  frozen: int
+  flops: float
+  needs: Mapping[str, int]
+  moved: int
+  collectives: Mapping[str, Traffic]
+  seconds: float
+  refusal: str = ""
+
+  @property
+  def fits(self) -> bool:
+    return not self.refusal and self.needs["peak"] <= self.chip.memory
+
+  @property
+  def bounds(self) -> dict[str, float]:
+    """Seconds that a step takes at least, by what would bind it."""
+    wire = sum(found.wire for found in self.collectives.values())
+    return {
+      "arithmetic": self.flops / self.chips / self.chip.flops,
+      "memory": self.moved / self.chip.memory_bandwidth,
+      "links": wire / self.chip.link_bandwidth,
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+  """The system of a plan, and the frozen variables that its step computes with, as shapes."""
+
+  system: System
+  frozen: dict[str, dict[str, Any]]
+
+
+def build(config: ConfigDict, names: Mapping[str, str], encode: bool) -> Parts:
+  """The system of a config on published components.
+
+  Args:
+    config: of the run; `components` that it names are read from their exports.
+    names: of `published`, by component.
+    encode: whether text encoders and first stage are part of the step; else their features and
+      latents come with the batch, as from `precompute`.
+
+  Raises:
+    UserError: for what makes no system.
+  """
+  dtype = assembly.compute_dtype(config)
+  given = assembly.load_components(config)
+  parts = dict(given.systems)
+  shapes = jax.eval_shape(lambda: given.variables) if given.variables else {}
+  frozen: dict[str, dict[str, Any]] = {kind: dict(groups) for kind, groups in shapes.items()}
+  for name, what in names.items():
+    if name in parts:
+      continue
+    parts[name] = published.component(what, config.model.resolution, dtype)
+    for kind, groups in published.shapes_of(parts[name], 1).items():
+      frozen.setdefault(kind, {})[name] = _as_stored(groups, config)
+  if encode:
+    return Parts(systems.build(config, parts, dtype), frozen)
+  encoders = [
+    name for name, part in parts.items()
+    if isinstance(part, base.TextEncoder) and config.text.encoder == "component"
+  ]  # fmt: skip
+  cached: dict[str, Any] = {}
+  if encoders:
+    cached["cached_null"] = {name: published.features_of(parts[name]) for name in encoders}
+  if isinstance(parts.get(FIRST_STAGE), base.FirstStage):
+    cached["cached_latent"] = published.latents_of(parts[FIRST_STAGE], config.model.resolution)
+  _, working = base.split(frozen, (*encoders, *([FIRST_STAGE] if FIRST_STAGE in parts else [])))
+  return Parts(systems.build(config, parts, dtype, **cached), working)
+
+
+def _as_stored(groups: Any, config: ConfigDict) -> Any:
+  dtype = config.precision.frozen
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), groups)
+
+
+def measure(config: ConfigDict, mesh: Mesh, chip: Chip, parts: Parts) -> Report:
+  """Compiles the config's step for a mesh.
+
+  Raises:
+    UserError: for a batch that does not divide over the mesh.
+  """
+  batch_size = config.train.batch_size
+  check_batch(batch_size, mesh, "train.batch_size")
+
+  def steps_of(value, key):
+    return configs.steps_of(value, key, batch_size, batch_size * STEPS, STEPS)
+
+  system = parts.system
+  with jax.set_mesh(mesh):
+    plan = Plan.make(config, mesh, system, parts.frozen, STEPS, steps_of)
+    batch = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh)),
+      assembly.abstract_batch(system, batch_size),
+    )
+    options = StepOptions(
+      config.seed, config.train.accumulate, config.ema.decay, config.ema.warmup
+    )
+    step = CompiledStep(make_step(system, plan.optimizers, options), plan.shardings)
+    flops = step.flops(plan.abstract_state, batch)
+    started, needs, found, refusal, moved = time.perf_counter(), {}, {}, "", 0
+    try:
+      program = step.program(plan.abstract_state, batch)
+    except Exception as error:  # the compiler refuses what does not fit, among others
+      if "RESOURCE_EXHAUSTED" not in str(error):
+        raise
+      refusal = next(x for x in str(error).splitlines() if "RESOURCE_EXHAUSTED" in x)[:300]
+    else:
+      needs = bytes_a_chip(program)
+      moved = needs["arguments"] + needs["outputs"] + 2 * needs["temporaries"]
+      found = traffic(program.as_text(), mesh.size)
+    seconds = time.perf_counter() - started
+  trained = {name for player in system.players for name in player.trains}
+  sizes = {
+    name: sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+    for name, tree in plan.abstract_state.params.items()
+  }
+  return Report(
+    batch_size, mesh.size, chip, sum(n for name, n in sizes.items() if name in trained),
+    sum(n for name, n in sizes.items() if name not in trained), flops, needs, moved, found, seconds,
+    refusal,
+  )  # fmt: skip
+
+
+def table(report: Report) -> str:
+  """A report as text."""
+  rows = [
+    ("parameters trained", f"{report.trained:,}"),
+    ("parameters frozen, in the step", f"{report.frozen:,}"),
+    ("pictures a step", f"{report.batch_size:,} ({report.batch_size / report.chips:g} a chip)"),
+    ("FLOPs a step", f"{report.flops:.4g}"),
+  ]
+  if report.refusal:
+    rows.append(("does not fit", report.refusal))
+    return _aligned(rows)
+  rows += [(f"{name} a chip", _size(size)) for name, size in report.needs.items()]
+  rows.append(("memory a chip", f"{_size(report.chip.memory)}, "
+               + ("fits" if report.fits else "does not fit")))
+  for kind, found in sorted(report.collectives.items()):
+    rows.append((kind, f"{found.calls} calls, {_size(found.payload)} of arrays, "
+                 f"{_size(found.wire)} sent by a chip"))
+  bounds = report.bounds
+  binding = max(bounds, key=bounds.get)
+  rows += [(f"bound by {name}", f"{_time(seconds)} a step") for name, seconds in
+           bounds.items()]
+  best = bounds["arithmetic"] / max(bounds.values())
+  rows += [
+    ("at best", f"{_time(bounds[binding])} a step, bound by {binding}: "
+     f"{report.batch_size / bounds[binding]:,.0f} pictures/s, {best:.0%} of the chips' arithmetic"),
+    ("compiled in", f"{report.seconds:.0f} s"),
+  ]
+  return _aligned(rows)
+
+
+def _size(size: float) -> str:
+  return f"{size / 2**30:.2f} GiB" if size >= 2**29 else f"{size / 2**20:.1f} MiB"
+
+
+def _time(seconds: float) -> str:
+  return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
+
+
+def _aligned(rows: list[tuple[str, str]]) -> str:
+  width = max(len(name) for name, _ in rows)
+  return "\n".join(f"  {name:{width}}  {value}" for name, value in rows)
+
+
+def advice(report: Report, config: ConfigDict, mesh: Mesh) -> list[str]:
+  """What makes a step that does not fit smaller, what saves most first."""
+  lines = []
+  spread = mesh.shape["fsdp"] * mesh.shape["tensor"]
+  needs = report.needs
+  state_dominates = bool(needs) and needs["arguments"] > needs["temporaries"]
+  if spread == 1 and mesh.size > 1:
+    share = f"; {_size(needs['arguments'])} of each are held {mesh.size} times" if needs else ""
+    lines.append("--config.mesh.data=1 --config.mesh.fsdp=-1 spreads parameters, their average and "
+                 f"the optimizer's state over all {mesh.size} chips{share}")
+  remat = config.model.get("remat")
+  if remat is False or remat in ("none", "dots"):
+    value = "True" if remat is False else "full"
+    lines.append(f"--config.model.remat={value} computes blocks again in the backward pass rather "
+                 "than keep what is in them")
+  a_chip = report.batch_size // report.chips
+  if a_chip > 1:
+    lines.append(f"--config.train.accumulate={2 ** (a_chip - 1).bit_length()} takes the batch in "
+                 "parts: the same update, with less in memory at once")
+    lines.append(f"--config.train.batch_size={report.batch_size // 2} is half of it")
+  if config.precision.frozen == "float32" and report.frozen:
+    lines.append("--config.precision.frozen=bfloat16 halves the frozen components")
+  if mesh.shape["tensor"] == 1:
+    lines.append("--config.mesh.tensor=2 splits each layer's matrices over two chips")
+  lines.append("a larger slice" + (", over which the state is spread thinner"
+                                   if state_dominates else ""))
+  return lines
