@@ -9,9 +9,10 @@ that `python -m t2i_jax.convert` makes of them). Otherwise the export of
 
 Expected of "small" on "scenes", seed 0, with feature_net, after 19 minutes on one CPU core, in the
 last 50 % of which the discriminator plays: held-out pictures come back at 40.3 dB (combinations)
-and 40.8 dB (pairs of colour and shape), their shapes and colours crisp; 38.8 and 39.4 dB with the
-published weight of the discriminator, 0.5, which leaves a faint texture. The published sizes were
-not trained here; their rate is 4.5e-6 times the batch size, as the published code has it.
+and 40.8 dB (pairs of colour and shape), and on another machine, whose sums round otherwise, at 38.1
+and 38.5 dB; shapes and colours are crisp, the discriminator leaves a faint texture. The
+published sizes were not trained here; their rate is 4.5e-6 times the batch size, as the published
+code has it.
 
 Arguments:
   size: "small" (64 px, to 16x16 positions of 4 channels, for two CPU cores, the default);

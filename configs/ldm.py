@@ -3,7 +3,7 @@
   python -m t2i_jax.main --config=configs/feature_net.py:size=64 --workdir=runs/feature_net
   python -m t2i_jax.main --config=configs/kl_autoencoder.py --workdir=runs/kl \\
     --config.components.perceptual=runs/feature_net/export
-  python -m t2i_jax.precompute latents --config=configs/ldm.py --output=latents --rows=50000 \\
+  python -m t2i_jax.precompute latents --config=configs/ldm.py --output=latents --rows=16000 \\
     --config.components.first_stage=runs/kl/export
   python -m t2i_jax.main --config=configs/ldm.py --workdir=runs/ldm \\
     --config.components.first_stage=runs/kl/export --config.data.latents=latents
