@@ -9,13 +9,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from t2i_jax.conversion import autoencoder, blamed, parts, read_json, schedulers, text
+from t2i_jax.conversion import (
+  autoencoder,
+  blamed,
+  parts,
+  read_json,
+  schedulers,
+  text,
+  unconditional,
+)  # fmt: skip
 from t2i_jax.errors import UserError
 from t2i_jax.systems.diffusion.ldm import FIRST_STAGE
 from t2i_jax.weights.stored import open_weights
 from t2i_jax.weights.unet_config import from_diffusers
 
-INDEX, SCHEDULER = "model_index.json", "scheduler/scheduler_config.json"
+INDEX, SCHEDULER = unconditional.INDEX, f"scheduler/{unconditional.SCHEDULER}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +99,8 @@ def convert(
   """
   folder = Path(source).expanduser()
   index = read_json(folder / INDEX)
+  if index.get("_class_name") in unconditional.CLASSES:
+    return unconditional.convert(folder, output, resolution, dtype)
   form = _form(index, folder)
   both = [name for pair in form.encoders.values() for name in pair]
   for name in ("unet", form.first_stage, *both):
@@ -126,14 +136,20 @@ def convert(
   return written, lines
 
 
-def _form(index: Mapping[str, Any], folder: Path) -> Form:
+def _form(index: Mapping[str, Any], path: Path) -> Form:
   """Of a model_index.json."""
   named = str(index.get("_class_name"))
   plain = named
   for use in _USES:
     plain = plain.replace(use, "")
   for form in FORMS.values():
-    if form.name == plain:
-      return form
-  raise UserError(f"{folder / INDEX} is of a {named}, which is not known; known: "
-                  f"{', '.join(form.name for form in FORMS.values())}")
+    if form.name != plain:
+      continue
+    if any((index.get(encoder) or (None,))[0] is None for encoder, _ in form.encoders.values()):
+      raise UserError(f"{path / INDEX} is of a {named} without one of its text encoders, such as "
+                      "XL's refiner, which draws on what the base model has begun; only base "
+                      "models are known")
+    return form
+  known = [*(form.name for form in FORMS.values()), *unconditional.CLASSES]
+  raise UserError(f"{path / INDEX} is of a {named}, which is not known; known: "
+                  f"{', '.join(known)}")
