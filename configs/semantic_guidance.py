@@ -8,7 +8,11 @@
   python -m t2i_jax.sample --export=runs/base/export --guide=runs/semantic/export \\
     --prompt="a large red ring at the top"
 
-It is trained without captions; only the CLIP that it starts from has read any.
+It is trained without captions; only the CLIP that it starts from has read any. A public one:
+
+  python -m t2i_jax.convert --source=clip-vit-base-patch16 --towers=both --output=clip-b
+  python -m t2i_jax.main --config=configs/semantic_guidance.py:size=256,dataset=folder \\
+    --config.data.options.path=PICTURES --config.components.clip=clip-b --workdir=runs/semantic
 
 Expected: not known, no size was trained to its end here.
 

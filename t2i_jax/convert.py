@@ -9,8 +9,9 @@ from t2i_jax.conversion import DTYPES, LENGTH
 from t2i_jax.errors import UserError
 
 FORMS = ("export", "huggingface", "diffusers", "single_file")
+TOWERS = ("text", "both")
 # Flags that only some sources read.
-TEXT = ("length", "layer", "no_final_norm", "project", "masked", "activation", "pad")
+TEXT = ("length", "layer", "no_final_norm", "project", "masked", "activation", "pad", "towers")
 SINGLE_FILE = ("prediction", "zero_terminal_snr", "ema")
 
 
@@ -21,11 +22,13 @@ def main(argv: list[str] | None = None) -> None:
     "Makes an export of a public model, to draw from, to go on training\n"
     "(--config.init_from=EXPORT) or to train on (--config.components.NAME=EXPORT):\n\n"
     "  a pipeline of diffusers (a folder with model_index.json): Stable Diffusion 1, 2 and XL,\n"
-    "    latent diffusion's text-to-image model;\n"
-    "  such a model in one file (.safetensors or .ckpt), in its authors' layout;\n"
+    "    latent diffusion's text-to-image model, a DDPM of pixels without a text;\n"
+    "  such a latent model in one file (.safetensors or .ckpt), in its authors' layout;\n"
+    "  guided diffusion's U-Nets, drawn from by class numbers, and their classifiers (.pt);\n"
     "  an autoencoder of these (diffusers' folder, or a file);\n"
     "  a text encoder in a Hugging Face folder (config, tokenizer, weights as safetensors or\n"
-    "    PyTorch's .bin), or CLIP in a file of OpenAI's or OpenCLIP's;\n"
+    "    PyTorch's .bin), or CLIP in a file of OpenAI's or OpenCLIP's; --towers=both takes its\n"
+    "    vision tower too;\n"
     "  LPIPS (a folder with its two files).\n\n"
     "Or gives such a folder or file back with --to. Nothing is downloaded, and no code in the\n"
     "files is run.",
@@ -34,6 +37,8 @@ def main(argv: list[str] | None = None) -> None:
     "--tokenizer=clip-vit-large-patch14 --output=sdxl",
     "python -m t2i_jax.convert --source=v2-1_768.ckpt --tokenizer=clip-vit-large-patch14 "
     "--prediction=v --ema --output=sd21",
+    "python -m t2i_jax.convert --source=ldm.ckpt --tokenizer=bert-base-uncased --output=ldm",
+    "python -m t2i_jax.convert --source=256x256_classifier.pt --output=classifier",
     "python -m t2i_jax.convert --source=sd15 --output=folder --to=diffusers",
     "python -m t2i_jax.convert --source=sd15 --output=sd15.safetensors --to=single_file",
     "python -m t2i_jax.convert --source=stable-diffusion-v1-5/vae --output=kl-f8",
@@ -44,18 +49,21 @@ def main(argv: list[str] | None = None) -> None:
     "--output=t5",
     "python -m t2i_jax.convert --source=ViT-L-14.pt --tokenizer=clip-vit-large-patch14 "
     "--activation=quick_gelu --output=clip-l",
+    "python -m t2i_jax.convert --source=clip-vit-base-patch32 --towers=both --output=clip-b",
     "python -m t2i_jax.convert --source=clip-l --output=folder --to=huggingface",
   )
   parser.add_argument("--source", required=True, help="the folder or file, or an export with --to")
   parser.add_argument("--output", required=True,
                       help="the export, replaced if it exists, or the new folder or file")
   parser.add_argument("--to", default="export", metavar="|".join(FORMS),
-                      help="huggingface: a text encoder's folder; diffusers: a pipeline's or an "
-                      "autoencoder's; single_file: a whole model in one .safetensors")
+                      help="huggingface: a text encoder's folder, or CLIP's; diffusers: a "
+                      "pipeline's or an autoencoder's; single_file: a whole latent model in one "
+                      ".safetensors, or a network of guided diffusion")
   parser.add_argument("--dtype", default="stored", metavar="|".join(DTYPES),
                       help="type of the numbers (as they are stored)")
   parser.add_argument("--tokenizer", default="",
-                      help="text: the tokenizer's folder, where it is another one; of files CLIP's")
+                      help="text: the tokenizer's folder, where it is another one; of files CLIP's "
+                      "or, of latent diffusion, BERT's")
   parser.add_argument("--resolution", type=int, default=0,
                       help="whole models and autoencoders: side of the pictures, where it is not "
                       "the published one")
@@ -82,6 +90,9 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument("--activation", default="", metavar="quick_gelu|gelu",
                       help="CLIP in a file, with heads of 64: quick_gelu for OpenAI's, gelu for "
                       "most of OpenCLIP's")
+  parser.add_argument("--towers", default="text", metavar="|".join(TOWERS),
+                      help="CLIP: its text tower alone, frozen, or both, which match pictures with "
+                      "captions and can be trained on")
   parser.add_argument("--pad", default="",
                       help="text: token of the padding in place of the folder's")
   command.run(parser, argv, lambda flags: _convert(parser, flags))
@@ -164,26 +175,47 @@ def _of_file(flags, only, path: Path) -> list:
 
 
 def _text(flags, only) -> Path:
-  from t2i_jax.conversion import text
+  from t2i_jax.conversion import clip, text
 
+  configs.choose("--towers", flags.towers, dict.fromkeys(TOWERS))
+  if flags.towers == "both":
+    only("both towers of CLIP", "towers", "activation", "pad", "tokenizer")
+    towers = clip.open_towers(flags.source, flags.activation)
+    return clip.write(flags.output, towers, _tokenizer(flags), flags.pad, flags.dtype)
   only("a text encoder", *TEXT, "tokenizer")
   encoder = text.open_encoder(flags.source, flags.activation)
+  reading = text.Reading(flags.length, flags.layer, not flags.no_final_norm, flags.project,
+                         flags.masked, flags.pad)
+  return text.write(flags.output, encoder, _tokenizer(flags), reading, flags.dtype)
+
+
+def _tokenizer(flags) -> str:
+  """The folder of a text encoder's tokenizer."""
   if Path(flags.source).expanduser().is_file() and not flags.tokenizer:
     raise UserError(f"'{flags.source}' is a file, which has no tokenizer beside; name the folder "
                     "of one with --tokenizer")
-  reading = text.Reading(flags.length, flags.layer, not flags.no_final_norm, flags.project,
-                         flags.masked, flags.pad)
-  return text.write(flags.output, encoder, flags.tokenizer or flags.source, reading, flags.dtype)
+  return flags.tokenizer or flags.source
 
 
 def _given_back(flags) -> Path:
   """Writes an export as others have it."""
   from t2i_jax import export
+  from t2i_jax.conversion import (
+    autoencoder,
+    clip,
+    folders,
+    guided_diffusion,
+    models,
+    single_file,
+    text,
+    unconditional,
+  )  # fmt: skip
   from t2i_jax.weights.guided_diffusion import CLASSIFIER, UNET
-  from t2i_jax.conversion import autoencoder, folders, guided_diffusion, models, single_file, text
 
   exported = export.read(flags.source)
   system = exported.config.system
+  if flags.to == "huggingface" and system == "clip":
+    return clip.to_folder(exported, flags.output)
   if flags.to == "huggingface":
     return text.to_folder(exported, flags.output)
   if system == "pretrained_text":
@@ -192,6 +224,8 @@ def _given_back(flags) -> Path:
     return autoencoder.to_folder(exported, flags.output)
   if flags.to == "single_file" and system in (UNET, CLASSIFIER):
     return guided_diffusion.write(exported, flags.output)
+  if flags.to == "diffusers" and system == "ddpm":
+    return unconditional.write(exported, flags.output)
   write = folders.write if flags.to == "diffusers" else single_file.write
   return write(models.taken_apart(exported), flags.output)
 

@@ -57,6 +57,9 @@ class TowerConfig:
     if fields.get("activation", "gelu") not in ACTIVATIONS:
       raise UserError(f"CLIP with hidden_act='{fields['activation']}' is not known; one of "
                       f"{', '.join(ACTIVATIONS)}")
+    if given.get("layer_norm_eps", EPSILON) != EPSILON:
+      raise UserError(f"CLIP with layer_norm_eps={given['layer_norm_eps']} is not known, only with "
+                      f"{EPSILON}")
     return fields
 
 

@@ -112,8 +112,8 @@ OPEN_CLIP_VISION = KeyMap(
 )  # fmt: skip
 OPEN_CLIP = KeyMap(
   [*_open_clip_text("text/"), *_open_clip_vision("vision/"), Rule("logit_scale", "logit_scale")],
-  [_SETTINGS],
-)
+  [_SETTINGS], _SHARDED,
+)  # fmt: skip
 
 T5 = KeyMap(
   [
@@ -180,6 +180,25 @@ LDM_TEXT = KeyMap(
   ],
   [_POSITIONS, r"^to_logits\."],
 )  # fmt: skip
+
+
+def ldm_text_map(layers: int) -> KeyMap:
+  """The same under its authors' names, which number attentions and MLPs one after the other."""
+  rules = [
+    Rule("tokens/embedding", "token_emb.weight"), Rule("positions", "pos_emb.emb.weight"),
+    *norm("norm_out", "norm"),
+  ]
+  for i in range(layers):
+    ours = f"layers_{i}"
+    attention, mlp = (f"attn_layers.layers.{2 * i + j}" for j in range(2))
+    for name in ("query", "key", "value"):
+      rules += dense(f"{ours}/attention/{name}", f"{attention}.1.to_{name[0]}", bias=False)
+    rules += [
+      *norm(f"{ours}/norm_attention", f"{attention}.0"), *norm(f"{ours}/norm_mlp", f"{mlp}.0"),
+      *dense(f"{ours}/attention/out", f"{attention}.1.to_out"),
+      *dense(f"{ours}/mlp_in", f"{mlp}.1.net.0.0"), *dense(f"{ours}/mlp_out", f"{mlp}.1.net.2"),
+    ]
+  return KeyMap(rules, [r"^to_logits\."])
 
 
 def _char_cnn_rnn(dot: str) -> KeyMap:

@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from t2i_jax.errors import UserError, unknown
@@ -19,7 +20,7 @@ from t2i_jax.systems.base import Array, Aux, Batch, Conditioning, Field, Player,
 from t2i_jax.systems.conditioning import GROUP, TextConditioner
 from t2i_jax.text import clip
 from t2i_jax.text.layers import ACTIVATIONS
-from t2i_jax.text.tokenizer import END, null_text
+from t2i_jax.text.tokenizer import END, PAD, START
 
 TOWERS = "towers"
 LARGEST_SCALE = math.log(100.0)
@@ -37,6 +38,8 @@ class CLIP(base.System):
     activation: of both; MLPs are four times as wide as their tower.
     end: id of the token whose features are the caption's; a tokenizer that was trained on the
       captions has 2, OpenAI's 49407.
+    start, pad: ids of the other tokens that are no text.
+    mlp: units of the vision tower's MLPs, where they are not four times its width; 0 if they are.
     dtype: type of the computation.
   """
 
@@ -49,6 +52,9 @@ class CLIP(base.System):
   projection: int = 512
   activation: str = "quick_gelu"
   end: int = END
+  start: int = START
+  pad: int = PAD
+  mlp: int = 0
   dtype: Any = jnp.float32
 
   ema_groups = (TOWERS,)
@@ -59,6 +65,8 @@ class CLIP(base.System):
     )
     if self.activation not in ACTIVATIONS:
       raise unknown("model.activation", self.activation, ACTIVATIONS)
+    if self.mlp < 0:
+      raise UserError(f"model.mlp={self.mlp} is no number of units; 0 is four times model.width")
     if self.resolution % self.patch:
       raise UserError(f"model.patch={self.patch} does not divide model.resolution="
                       f"{self.resolution}; change one of them")
@@ -86,8 +94,8 @@ class CLIP(base.System):
   def vision(self) -> clip.VisionConfig:
     """The vision tower's sizes."""
     return clip.VisionConfig(
-      self.width, self.layers, self.heads, 4 * self.width, self.activation, self.projection,
-      self.resolution, self.patch,
+      self.width, self.layers, self.heads, self.mlp or 4 * self.width, self.activation,
+      self.projection, self.resolution, self.patch,
     )  # fmt: skip
 
   @property
@@ -133,7 +141,9 @@ class CLIP(base.System):
 
   def null_text(self) -> Mapping[str, Any]:
     """`ids` and `mask` [L] of the empty caption."""
-    return null_text(self.text.length)
+    ids = np.full((self.text.length,), self.pad, np.int32)
+    ids[:2] = self.start, self.end
+    return {"ids": ids, "mask": np.arange(self.text.length) < 2}
 
   def _terms(self, variables: Variables, batch: Batch) -> dict[str, Array]:
     images = self._apply(variables, self._images(batch), method="embed_images")
