@@ -26,6 +26,10 @@ from t2i_jax.weights.unet_single_file import map_of
 Exports = Mapping[str, Path]
 
 
+# What published U-Nets of so many channels are for, that read more than latents of 4.
+_USES = {5: "drawing by depth", 7: "upscaling", 8: "editing by instructions", 9: "inpainting"}
+
+
 @dataclasses.dataclass(frozen=True)
 class Model:
   """What a latent diffusion model is made of.
@@ -128,9 +132,10 @@ def _check_network(system: Any, model: Model) -> None:
   options = model.options
   latents = system.shape[-1]
   if options["in_channels"] != latents:
-    raise UserError(f"{model.source}: its U-Net reads {options['in_channels']} channels and its "
-                    f"latents have {latents}; of models for inpainting or upscaling nothing is "
-                    "known")
+    found = options["in_channels"]
+    raise UserError(f"{model.source}: its U-Net reads {found} channels and its latents have "
+                    f"{latents}: a model for {_USES.get(found, 'inpainting or upscaling')}, which "
+                    "is not known; only models that draw from noise and a text are")
   for name, ours in network_options(system, latents).items():
     if name in options and ours != options[name]:
       raise UserError(f"{model.source}: a {model.system} whose U-Net has {name}={options[name]} is "

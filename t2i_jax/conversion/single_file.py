@@ -21,12 +21,21 @@ from t2i_jax.weights import autoencoder as autoencoders
 from t2i_jax.weights import unet_single_file as unets
 from t2i_jax.weights.safetensors_file import write_safetensors
 from t2i_jax.weights.stored import Tensors, open_weights
-from t2i_jax.weights.text_encoders import CLIP_TEXT, OPEN_CLIP_TEXT
+from t2i_jax.weights.text_encoders import CLIP_TEXT, OPEN_CLIP_TEXT, ldm_text_map
 from t2i_jax.weights.unet_config import linear_projections
 
-# How the names of the text encoders begin, of CLIP under transformers' names and under OpenCLIP's.
+# How the names of the text encoders begin, of CLIP under transformers' names and under OpenCLIP's;
+# latent diffusion's own begins as the first.
 CLIP, OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
 FIRST, SECOND = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
+LDM = f"{CLIP}attn_layers."
+# What begins so is of another kind of model.
+REFUSED = {
+  "conditioner.embedders.0.model.": "Stable Diffusion XL's refiner, which draws on what the base "
+  "model has begun",
+  "cond_stage_model.embedding.": "latent diffusion by labels",
+  "first_stage_model.quantize.": "latent diffusion in the codes of a VQ-GAN",
+}
 # Tokens of padding: of transformers' tokenizer, and of OpenCLIP's own, where it is number 0.
 _PADS = {"quick_gelu": "<|endoftext|>", "gelu": "!"}
 PREDICTIONS = ("epsilon", "v")
@@ -40,6 +49,7 @@ class Kind:
     name: its.
     system: ours.
     encoders: how the names of each begin, by the component's name.
+    told_by: how names begin that no other kind has; those of the encoders if ().
     resolution: side of the pictures of those that predict the noise, and of those that predict v.
     scale: of the latents.
     sampling: sampling options.
@@ -51,10 +61,13 @@ class Kind:
   resolution: tuple[int, int]
   scale: float
   sampling: Mapping[str, Any]
+  told_by: tuple[str, ...] = ()
 
 
 _SAMPLING = {"solver": "ddim", "spacing": "leading", "offset": 1, "clip": False}
 KINDS = (
+  Kind("latent diffusion's text-to-image model", "ldm", {"text_encoder": CLIP}, (256, 256), 0.18215,
+       {**_SAMPLING, "final_sigma": "sigma_min"}, (LDM,)),
   Kind("Stable Diffusion 1", "stable_diffusion", {"text_encoder": CLIP}, (512, 512), 0.18215,
        {**_SAMPLING, "final_sigma": "sigma_min"}),
   Kind("Stable Diffusion 2", "stable_diffusion", {"text_encoder": OPEN_CLIP}, (512, 768), 0.18215,
@@ -85,7 +98,8 @@ def convert(
   Args:
     source: the file.
     output: the export, replaced if it exists.
-    tokenizer: folder of CLIP's tokenizer, which all encoders of these models share.
+    tokenizer: folder of CLIP's tokenizer, which the encoders of Stable Diffusion share, or of
+      BERT's, for latent diffusion.
     prediction: what the U-Net was trained to predict, one of `PREDICTIONS`.
     zero_terminal_snr: of its process, see `diffusion.schedules`.
     ema: take the averages of the U-Net over its training, which some files hold besides.
@@ -105,8 +119,9 @@ def convert(
                     "--prediction=epsilon (512 px) or --prediction=v (768 px)")
   prediction = prediction or "epsilon"
   if not tokenizer:
-    raise UserError(f"'{path}' is a file, which has no tokenizer beside; name the folder of CLIP's "
-                    "with --tokenizer")
+    whose = "BERT's (bert-base-uncased)" if kind.system == "ldm" else "CLIP's"
+    raise UserError(f"'{path}' is a file, which has no tokenizer beside; name the folder of "
+                    f"{whose} with --tokenizer")
   resolution = resolution or kind.resolution[PREDICTIONS.index(prediction)]
   if ema:
     tensors = unets.averages(tensors)
@@ -122,10 +137,9 @@ def convert(
     found = autoencoder.open_tensors(tensors, str(path), resolution, kind.scale)
     components = {FIRST_STAGE: autoencoder.write(f"{place}/{FIRST_STAGE}", found, dtype)}
     for name, prefix in kind.encoders.items():
-      encoder = _encoder(tensors, prefix, str(path))
-      reading = dataclasses.replace(
-        form.reading[name], pad=_PADS[encoder.published["hidden_act"]]
-      )
+      encoder = _encoder(tensors, prefix, str(path), kind)
+      pad = _PADS.get(encoder.published.get("hidden_act"), "")
+      reading = dataclasses.replace(form.reading[name], pad=pad)
       components[name] = text.write(f"{place}/{name}", encoder, tokenizer, reading, dtype)
     return parts.write(output, model, components, resolution, dtype)
 
@@ -142,6 +156,10 @@ def write(held: Held, output: str) -> Path:
   stage = {name: held.first_stage.params[name] for name in autoencoder.GROUPS}
   tensors |= _begun(autoencoders.SINGLE_FILE, autoencoders.single_file_map().save(stage))
   for name, encoder in held.encoders.items():
+    if encoder.config.model.kind == "ldm":
+      layers = held.published(name)["encoder_layers"]
+      tensors |= _begun(CLIP, ldm_text_map(layers).save(encoder.params["encoder"]))
+      continue
     if encoder.config.model.kind != "clip":
       raise UserError(f"no model in one file is known whose {name} is of kind "
                       f"{encoder.config.model.kind}; use --to=diffusers")
@@ -161,10 +179,17 @@ def write(held: Held, output: str) -> Path:
 
 
 def _kind(tensors: Tensors, path: Path) -> Kind:
+  for prefix, what in REFUSED.items():
+    if any(map(_begins(prefix), tensors)):
+      raise UserError(f"'{path}' holds {what}, which is not known; known are "
+                      f"{', '.join(kind.name for kind in KINDS)}")
   for kind in KINDS:
-    if all(any(map(_begins(prefix), tensors)) for prefix in kind.encoders.values()):
+    marks = kind.told_by or kind.encoders.values()
+    if all(any(map(_begins(prefix), tensors)) for prefix in marks):
       return kind
-  known = " nor ".join(" with ".join(kind.encoders.values()) for kind in KINDS)
+  known = " nor ".join(
+    dict.fromkeys(" with ".join(kind.encoders.values()) for kind in KINDS)
+  )
   found = sorted({".".join(name.split(".")[:3]) for name in tensors if "cond" in name})
   raise UserError(f"'{path}' holds no model that is known: its text encoders are neither {known}"
                   f"{'; there is ' + ', '.join(found[:4]) if found else ''}")
@@ -178,11 +203,13 @@ def _begun(prefix: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
   return {prefix + name: tensor for name, tensor in tensors.items()}
 
 
-def _encoder(tensors: Tensors, prefix: str, source: str) -> text.Encoder:
+def _encoder(tensors: Tensors, prefix: str, source: str, kind: Kind) -> text.Encoder:
   """The text encoder whose names begin so."""
   own = {
     name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)
   }
+  if kind.system == "ldm":
+    return text.ldm(own, source)
   if prefix in (CLIP, FIRST):
     return text.clip(own, "quick_gelu", source)
   if prefix == OPEN_CLIP:

@@ -146,6 +146,32 @@ def clip(tensors: Tensors, activation: str, source: str) -> Encoder:
   return Encoder("clip", published, MAPS["clip"], tensors, source, source)
 
 
+def ldm(tensors: Tensors, source: str) -> Encoder:
+  """Latent diffusion's transformer under its authors' names; its heads are of 64 channels.
+
+  Raises:
+    UserError: a tensor without which there is no encoder is missing.
+  """
+  first = "attn_layers.layers."
+  needed = ("token_emb.weight", "pos_emb.emb.weight", f"{first}0.1.to_q.weight",
+            f"{first}1.1.net.2.weight")  # fmt: skip
+  missing = [name for name in needed if name not in tensors]
+  if missing:
+    raise UserError(f"{source} holds no text encoder of latent diffusion: {', '.join(missing)} "
+                    "missing")
+  (vocabulary, width), (positions, _), (inner, _), (_, hidden) = (
+    tensors[name].shape for name in needed
+  )
+  halves = {name.removeprefix(first).split(".")[0] for name in tensors if name.startswith(first)}
+  published = {
+    "model_type": "ldmbert", "d_model": width, "encoder_layers": len(halves) // 2,
+    "encoder_attention_heads": max(inner // 64, 1), "head_dim": min(inner, 64),
+    "encoder_ffn_dim": hidden, "vocab_size": vocabulary, "max_position_embeddings": positions,
+  }  # fmt: skip
+  names = maps.ldm_text_map(len(halves) // 2)
+  return Encoder("ldm", published, names, tensors, source, source)
+
+
 def write(
   output: str, encoder: Encoder, tokenizer_folder: str, reading: Reading, dtype: str = "stored"
 ) -> Path:
