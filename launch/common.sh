@@ -1,0 +1,45 @@
+# shellcheck shell=bash
+# What the scripts of this folder share; they source it.
+
+DRY_RUN=""
+
+# fail LINE: one line on stderr, and the exit status of a mistake in the command.
+fail() {
+  printf 'error: %s\n' "$*" >&2
+  exit 2
+}
+
+say() { printf '%s\n' "$*" >&2; }
+
+# usage FILE: prints the comment that a script begins with.
+usage() { awk 'NR > 1 && !/^#/ { exit } NR > 1 { sub(/^# ?/, ""); print }' "$1"; }
+
+# quoted WORD...: the words, each so that a shell reads it back.
+quoted() {
+  local word line=""
+  for word; do
+    [[ $word =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]] || word="'${word//\'/\'\\\'\'}'"
+    line+="${line:+ }$word"
+  done
+  printf '%s\n' "$line"
+}
+
+# run WORD...: runs a command; with --dry-run prints it.
+run() {
+  if [[ $DRY_RUN ]]; then quoted "$@"; else "$@"; fi
+}
+
+# whole NAME VALUE: fails unless VALUE is a whole number above 0.
+whole() { [[ $2 =~ ^[1-9][0-9]*$ ]] || fail "$1=$2: write a whole number above 0"; }
+
+# given NAME VALUE: fails where a flag that has no default is missing.
+given() { [[ $2 ]] || fail "$1=... is missing; see --help"; }
+
+# pair NAME VALUE: fails unless VALUE is VARIABLE=TEXT.
+pair() { [[ $2 =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] || fail "$1=$2: write $1=VARIABLE=VALUE"; }
+
+# no_flag WORD SCRIPT: fails for a flag that does not exist.
+no_flag() { fail "unknown flag '$1'; see $2 --help"; }
+
+# found PROGRAM: fails where it is not installed.
+found() { [[ $DRY_RUN ]] || command -v "$1" >/dev/null || fail "$1 is not installed, or not on PATH"; }
