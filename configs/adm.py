@@ -18,14 +18,14 @@ Arguments:
     and "imagenet512", the published networks; "lsun", the published one of 256 px that was trained
     with `labels=no`; "tiny", for tests.
   labels: whether the network is told the data set's labels, "yes" (the default) or "no".
-  dataset: "scenes" (one object), which has labels; "scenes_two", "scenes_all", "emoji", "folder",
-    which have none.
+  dataset: "scenes" (one object), "cub" or "flowers", which have labels; "scenes_two",
+    "scenes_all", "emoji", "folder" and others of docs/data_sets.md, which have none.
 
 Papers: Dhariwal and Nichol 2021 (Diffusion Models Beat GANs on Image Synthesis), table 11; Nichol
 and Dhariwal 2021 (Improved Denoising Diffusion Probabilistic Models).
 """
 
-from t2i_jax import data, recipe
+from t2i_jax import recipe
 from t2i_jax.config import choose, parse_arg
 
 # Table 11 of the paper, and the flags of its release: at 128 px four heads, elsewhere 64 channels
@@ -61,10 +61,8 @@ def get_config(arg=None):
   config = recipe.base("adm", arg.dataset)
   config.model.update(choose("size", arg.size, SIZES))
   config.text.encoder = "none"
-  labels = data.labels(config.data.name)
-  if choose("labels", arg.labels, {"yes": True, "no": False}) and labels:
-    config.data.options.labels = True
-    config.model.classes = tuple(labels.items())
+  if choose("labels", arg.labels, {"yes": True, "no": False}):
+    config.model.classes = recipe.label(config)
   config.sample.options.update(solver="ddpm", variance="learned", steps=250)
   if arg.size == "tiny":
     recipe.tiny(config)

@@ -12,7 +12,8 @@ that others used too. The published sizes were not trained here.
 Arguments:
   size: "small" (32 px, for two CPU cores, the default); "B/32", "B/16" and "L/14", the published
     ones; "tiny", for tests.
-  dataset: "scenes" (one object), "scenes_two", "scenes_all", "emoji", "folder".
+  dataset: "scenes" (one object), "scenes_two", "scenes_all", "emoji", "folder", or one of
+    docs/data_sets.md.
 
 Paper: Radford et al. 2021 (Learning Transferable Visual Models From Natural Language Supervision),
 section 2 and table 20.

@@ -15,7 +15,8 @@ Arguments:
     al. 2020, appendix B, with cross-attention to the text and a draft of the
     picture that is made of the text alone (docs/learning.md; none with
     `--config.model.draft=0`); "tiny", for tests.
-  dataset: "scenes" (one object), "scenes_two", "scenes_all", "emoji", "folder".
+  dataset: "scenes" (one object), "scenes_two", "scenes_all", "emoji", "folder", or one of
+    docs/data_sets.md.
 
 Papers: Ho, Jain and Abbeel 2020 (Denoising Diffusion Probabilistic Models); Ho
 and Salimans 2022 (Classifier-Free Diffusion Guidance); Nichol and Dhariwal 2021

@@ -12,10 +12,11 @@ minutes on one CPU core.
 
 Arguments:
   size: "64" (64 px, the default); "32" (32 px); "tiny", for tests.
-  dataset: "scenes" (one object), whose labels it learns; others have none.
+  dataset: "scenes" (one object), "cub" or "flowers" (docs/data_sets.md), whose labels it learns;
+    others have none.
 """
 
-from t2i_jax import data, recipe
+from t2i_jax import recipe
 from t2i_jax.config import choose, parse_arg
 
 SIZES = {
@@ -29,9 +30,8 @@ def get_config(arg=None):
   arg = parse_arg(arg, size="64", dataset="scenes")
   config = recipe.base("feature_net", arg.dataset)
   config.model.update(choose("size", arg.size, SIZES))
-  if labels := data.labels(config.data.name):
-    config.data.options.labels = True
-    config.model.classes = tuple(labels.items())
+  if labels := recipe.label(config):
+    config.model.classes = labels
   config.train.update(duration="1000 steps", batch_size=32)
   config.optimizer.update(
     name="muon", learning_rate=3e-3, weight_decay=0.01, schedule="cosine", warmup="20 steps"

@@ -13,7 +13,8 @@ CPU core. The published size was not trained here.
 Arguments:
   size: "small" (32 px, for two CPU cores, the default); "64", the published
     networks at 64 px; "tiny", for tests.
-  dataset: "scenes" (one object), "scenes_two", "scenes_all", "emoji", "folder".
+  dataset: "scenes" (one object), "scenes_two", "scenes_all", "emoji", "folder", or one of
+    docs/data_sets.md.
 
 Paper: Reed, Akata, Yan, Logeswaran, Schiele and Lee 2016 (Generative
 Adversarial Text to Image Synthesis).

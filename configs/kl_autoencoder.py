@@ -19,7 +19,8 @@ Arguments:
     "f8c4", the network and losses of Rombach et al. 2022 for 8-fold downsampling (256
     px), and of Stable Diffusion 1, 2 and XL; "f8c16", with 16 channels as Stable Diffusion
     3's; "tiny", for tests.
-  dataset: "scenes" (one object), "scenes_two", "scenes_all", "emoji", "folder".
+  dataset: "scenes" (one object), "scenes_two", "scenes_all", "emoji", "folder", or one of
+    docs/data_sets.md.
 
 Papers: Rombach, Blattmann, Lorenz, Esser and Ommer 2022 (High-Resolution Image
 Synthesis with Latent Diffusion Models); Esser, Rombach and Ommer 2021 (Taming

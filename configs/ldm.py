@@ -20,7 +20,8 @@ here.
 Arguments:
   size: "small" (64 px, for two CPU cores, the default); "1.4B", the published text-to-image network
     (256 px, KL-f8) with a text transformer that is trained with it; "tiny", for tests.
-  dataset: "scenes" (one object), "scenes_two", "scenes_all", "emoji", "folder".
+  dataset: "scenes" (one object), "scenes_two", "scenes_all", "emoji", "folder", or one of
+    docs/data_sets.md.
 
 Papers: Rombach et al. 2022 (High-Resolution Image Synthesis with Latent Diffusion Models; the
 text-to-image model is of section 4.3.1 and table 15); Ho and Salimans 2022 (guidance).

@@ -23,7 +23,8 @@ of the other captions are drawn as before.
 
 Arguments:
   size: "small" (rank 4, the default); "tiny", for tests.
-  dataset: "scenes" (one object), "scenes_two", "scenes_all", "emoji", "folder".
+  dataset: "scenes" (one object), "scenes_two", "scenes_all", "emoji", "folder", or one of
+    docs/data_sets.md.
 
 Paper: Hu et al. 2021 (LoRA: Low-Rank Adaptation of Large Language Models).
 """

@@ -12,13 +12,14 @@ others used too. The published sizes were not trained here.
 Arguments:
   size: "small" (32 px, for two CPU cores, the default); "imagenet64", "imagenet128", "imagenet256"
     and "imagenet512", the published networks; "tiny", for tests.
-  dataset: "scenes" (one object), whose labels it learns; others have none.
+  dataset: "scenes" (one object), "cub" or "flowers" (docs/data_sets.md), whose labels it learns;
+    others have none.
 
 Paper: Dhariwal and Nichol 2021 (Diffusion Models Beat GANs on Image Synthesis), section 4 and
 appendix H.
 """
 
-from t2i_jax import data, recipe
+from t2i_jax import recipe
 from t2i_jax.config import choose, parse_arg
 
 PUBLISHED = dict(
@@ -44,9 +45,8 @@ def get_config(arg=None):
   arg = parse_arg(arg, size="small", dataset="scenes")
   config = recipe.base("noisy_classifier", arg.dataset)
   config.model.update(choose("size", arg.size, SIZES))
-  if labels := data.labels(config.data.name):
-    config.data.options.labels = True
-    config.model.classes = tuple(labels.items())
+  if labels := recipe.label(config):
+    config.model.classes = labels
   config.evaluate.every = "25%"
   if arg.size == "tiny":
     config.text.update(width=32, layers=1, heads=2, vocab_size=300, length=40)

@@ -15,7 +15,8 @@ Expected on "scenes": 100, 99.6 and 100 % of 256 held-out captions right in ever
 
 Arguments:
   size: "small" (32 px, the default); "tiny", for tests.
-  dataset: "scenes" (one object), "scenes_two", "scenes_all", "emoji", "folder".
+  dataset: "scenes" (one object), "scenes_two", "scenes_all", "emoji", "folder", or one of
+    docs/data_sets.md.
 """
 
 from t2i_jax import recipe

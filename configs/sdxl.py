@@ -11,8 +11,8 @@ Expected: not known, no size was trained to its end here.
 
 Arguments:
   size: "base" (1024 px, the default); "tiny", for tests.
-  dataset: "folder", "scenes" (one object), "scenes_two", "scenes_all"; "emoji" knows no sizes of
-    its pictures, without which this is not trained.
+  dataset: "folder", "scenes" (one object), "scenes_two", "scenes_all", or one of
+    docs/data_sets.md; "emoji" knows no sizes of its pictures, without which this is not trained.
 
 Offset noise (0.05 in the last stage of the published training) is `--config.model.offset_noise`.
 

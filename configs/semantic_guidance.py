@@ -19,7 +19,8 @@ Expected: not known, no size was trained to its end here.
 Arguments:
   size: "small" (32 px, for two CPU cores, the default); "256", for the published denoisers of 256
     px, from a public CLIP; "tiny", for tests.
-  dataset: "scenes" (one object), "scenes_two", "scenes_all", "emoji", "folder".
+  dataset: "scenes" (one object), "scenes_two", "scenes_all", "emoji", "folder", or one of
+    docs/data_sets.md.
 
 Paper: Liu et al. 2021 (More Control for Free! Image Synthesis with Semantic Diffusion Guidance).
 """

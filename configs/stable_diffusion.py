@@ -15,7 +15,8 @@ Expected: not known, no size was trained to its end here.
 Arguments:
   size: "1" (Stable Diffusion 1, 512 px, epsilon; the default), "2-base" (512 px, epsilon), "2"
     (768 px, v); "tiny", for tests.
-  dataset: "folder", "emoji", "scenes" (one object), "scenes_two", "scenes_all".
+  dataset: "folder", "emoji", "scenes" (one object), "scenes_two", "scenes_all", or one of
+    docs/data_sets.md.
 
 Papers: Rombach et al. 2022; Salimans and Ho 2022 (v, of version 2). The released models' cards:
 AdamW at 1e-4 after 10,000 steps of warmup, batches of 2,048, a caption in ten left out.

@@ -9,7 +9,8 @@ Expected of "small" on "scenes", seed 0: 99.6 % of 256 held-out captions right i
 
 Arguments:
   size: "small" (32 px, for two CPU cores, the default); "tiny", for tests.
-  dataset: "scenes" (one object), "scenes_two", "scenes_all", "emoji", "folder".
+  dataset: "scenes" (one object), "scenes_two", "scenes_all", "emoji", "folder", or one of
+    docs/data_sets.md.
 
 Papers: Kingma and Welling 2014 (Auto-Encoding Variational Bayes); Sohn, Lee and
 Yan 2015 (the conditional prior).

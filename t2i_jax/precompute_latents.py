@@ -51,6 +51,9 @@ def write_latents(
     sources[split] = data.open_source(
       given.name, split, resolution, config.seed, given.options.to_dict()
     )
+    if isinstance(sources[split], FileSource) and sources[split].varies:
+      raise UserError(f"data set '{given.name}' shows another part of a picture each time, and "
+                      "latents are of one; set data.options.crop=centre (and captions=each)")
   counts = _counts(given.name, sources, rows)
   components = assembly.load_components(config)
   first_stage = components.systems[FIRST_STAGE]

@@ -12,6 +12,18 @@ DATASETS = {
   "scenes_all": ({"levels": ("one", "two", "counts")}, {"length": 40, "vocab_size": 512}),
   "emoji": ({}, {"length": 24, "vocab_size": 2048}),
   "folder": ({}, {"length": 64, "vocab_size": 8192}),
+  # Prepared by `python -m t2i_jax.data.prepare`.
+  "coco": ({}, {"length": 32, "vocab_size": 8192}),
+  "coco_2017": ({}, {"length": 32, "vocab_size": 8192}),
+  "coco_karpathy": ({}, {"length": 32, "vocab_size": 8192}),
+  "cub": ({}, {"length": 40, "vocab_size": 4096}),
+  "flowers": ({}, {"length": 40, "vocab_size": 4096}),
+  "flickr30k": ({}, {"length": 40, "vocab_size": 8192}),
+  "visual_genome": ({}, {"length": 24, "vocab_size": 8192}),
+  "cc3m": ({}, {"length": 40, "vocab_size": 16384}),
+  "cc12m": ({}, {"length": 64, "vocab_size": 16384}),
+  "webdataset": ({}, {"length": 64, "vocab_size": 16384}),
+  "mixture": ({}, {"length": 64, "vocab_size": 16384}),
 }
 
 # For `optimizer.multipliers`, beside a rate of 3e-3: which of two objects is where is learned from
@@ -28,10 +40,22 @@ def base(system: str, dataset: str) -> ConfigDict:
   config.text = sections["text"]
   config.sample.options = sections["options"]
   options, text = choose("dataset", dataset, DATASETS)
-  config.data.name = dataset.partition("_")[0]
+  # "scenes_two" are the scenes with other options.
+  config.data.name = dataset if dataset in data.DATASETS else dataset.partition("_")[0]
   config.data.options = ConfigDict({**data.default_options(config.data.name), **options})
   config.text.update(text)
   return config.lock()
+
+
+def label(config: ConfigDict) -> tuple[tuple[str, int], ...]:
+  """Has the data set give labels, if it has any; returns (attribute, number of classes) pairs."""
+  labels = data.labels(config.data.name)
+  if not labels:
+    return ()
+  config.data.options.labels = True
+  if "captions" in config.data.options:
+    config.data.options.captions = "class"  # what people say of a bird does not say its species
+  return tuple(labels.items())
 
 
 def tiny(config: ConfigDict) -> None:

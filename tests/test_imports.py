@@ -27,7 +27,7 @@ LAYERS = (
   ("training",),
   ("recipe", "assembly", "guiding", "caches", "export", "restore", "pipeline", "hooks", "command"),
   ("main", "sample", "evaluate", "convert", "conversion", "precompute", "precompute_text",
-   "precompute_latents", "plan", "planning", "adapters"),
+   "precompute_latents", "plan", "planning", "adapters", "data.prepare"),
 )
 # What a folder must not know, beyond its layer.
 APART = {
@@ -45,8 +45,9 @@ EXCEPTIONS = {
 }
 HEAVY = ("grain", "tensorflow_datasets", "clu", "tensorboardX", "transformers", "array_record")
 NEVER = ("tensorflow", "torch", "diffusers", "flax.nnx", "keras")
-# `data/emoji_builder.py` is a TFDS builder; `data/emoji.py` imports it inside a function.
-USES = {"t2i_jax.data.emoji_builder": {"tensorflow_datasets"}}
+# TFDS builders, which others import inside a function.
+USES = {"t2i_jax.data.emoji_builder": {"tensorflow_datasets"},
+        "t2i_jax.data.sets.builder": {"tensorflow_datasets"}}
 
 
 @functools.cache

@@ -2,7 +2,7 @@
 
 A data set is a class whose constructor takes `split`, `resolution` and `seed`,
 then its own options, each with a default; `log_dir` if it names skipped files
-there. `SPLITS` in its module are the names that `split` may have.
+there. Its `SPLITS`, or its module's, are the names that `split` may have.
 """
 
 import importlib
@@ -17,9 +17,20 @@ from t2i_jax.data.base import Source
 from t2i_jax.errors import UserError, unknown
 
 DATASETS = {
+  "cc12m": "t2i_jax.data.sets.conceptual:Conceptual12M",
+  "cc3m": "t2i_jax.data.sets.conceptual:ConceptualCaptions",
+  "coco": "t2i_jax.data.sets.coco:Coco",
+  "coco_2017": "t2i_jax.data.sets.coco:Coco2017",
+  "coco_karpathy": "t2i_jax.data.sets.coco:CocoKarpathy",
+  "cub": "t2i_jax.data.sets.cub:Cub",
   "emoji": "t2i_jax.data.emoji:Emoji",
+  "flickr30k": "t2i_jax.data.sets.flickr30k:Flickr30k",
+  "flowers": "t2i_jax.data.sets.flowers:Flowers",
   "folder": "t2i_jax.data.folder:Folder",
+  "mixture": "t2i_jax.data.mixture:Mixture",
   "scenes": "t2i_jax.data.scenes:Scenes",
+  "visual_genome": "t2i_jax.data.sets.visual_genome:VisualGenome",
+  "webdataset": "t2i_jax.data.sets.webdataset:WebDataset",
 }
 
 # Data sets whose pictures can be judged: (images uint8 [n, R, R, 3], captions) to
@@ -27,7 +38,11 @@ DATASETS = {
 VERIFIERS = {"scenes": "t2i_jax.data.scenes:verify"}
 # Modules of those whose rows can have labels: `CLASSES`, {attribute: number of classes}, and
 # `read_labels`, captions to int32 [n, attributes].
-LABELLED = {"scenes": "t2i_jax.data.scenes.labels"}
+LABELLED = {
+  "cub": "t2i_jax.data.sets.cub",
+  "flowers": "t2i_jax.data.sets.flowers",
+  "scenes": "t2i_jax.data.scenes.labels",
+}
 ATTRIBUTES = ("colour", "shape", "size", "count", "position", "all")
 
 _COMMON = ("split", "resolution", "seed", "log_dir")
@@ -47,7 +62,8 @@ def splits(name: str) -> tuple[str, ...]:
   Raises:
     UserError: no such data set.
   """
-  return _find(name)[0].SPLITS
+  module, dataset = _find(name)
+  return getattr(dataset, "SPLITS", None) or module.SPLITS
 
 
 def verifier(name: str) -> Callable[..., dict[str, np.ndarray]] | None:

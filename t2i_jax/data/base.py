@@ -101,12 +101,35 @@ class FileSource(Source):
   """A source whose rows are read and decoded one by one.
 
   The loader decodes such a source once into memory if it is small, and
-  otherwise hands `image` to grain's workers.
+  otherwise hands `shown` to grain's workers.
+
+  Attributes:
+    varies: whether a row's picture depends on its draw by more than `mirrored`, so
+      that it cannot be decoded once for all.
+    mirrors: whether draws mirror pictures at all.
+    quick: whether `describe` is answered without opening files.
   """
+
+  varies: bool = False
+  mirrors: bool = False
+  quick: bool = False
 
   @abc.abstractmethod
   def image(self, index: int) -> np.ndarray:
     """Row's picture, uint8 [R, R, 3] RGB."""
+
+  def drawn(self, index: int, draw: int) -> np.ndarray:
+    """Row's picture as its draw crops it, uint8 [R, R, 3]; `image` by default."""
+    return self.image(index)
+
+  def mirrored(self, index: int, draw: int) -> bool:
+    """Whether the row's draw mirrors its picture."""
+    return False
+
+  def shown(self, index: int, draw: int) -> np.ndarray:
+    """Row's picture as its draw has it, uint8 [R, R, 3]."""
+    image = self.drawn(index, draw)
+    return image[:, ::-1] if self.mirrored(index, draw) else image
 
   @abc.abstractmethod
   def captions_of(self, index: int) -> tuple[str, ...]:
@@ -116,17 +139,21 @@ class FileSource(Source):
     """Row's further arrays (scalars or fixed shapes); empty by default."""
     return {}
 
+  def extra(self, index: int, draw: int) -> dict[str, np.ndarray]:
+    """Row's further arrays as its draw has them; `extra_of` by default."""
+    return self.extra_of(index)
+
   def caption(self, index: int, draw: int) -> str:
     """The caption that `draw` picks among the row's."""
     choices = self.captions_of(index)
     return choices[int(draw) % len(choices)]
 
   def fetch(self, indices: np.ndarray, draws: np.ndarray) -> Rows:
-    images = np.stack([self.image(int(i)) for i in indices])
+    images = np.stack([self.shown(int(i), int(d)) for i, d in zip(indices, draws, strict=True)])
     return dataclasses.replace(self.describe(indices, draws), image=images)
 
   def describe(self, indices: np.ndarray, draws: np.ndarray) -> Rows:
-    extras = [self.extra_of(int(i)) for i in indices]
+    extras = [self.extra(int(i), int(d)) for i, d in zip(indices, draws, strict=True)]
     return Rows(
       image=None,
       captions=[self.caption(int(i), int(d)) for i, d in zip(indices, draws, strict=True)],

@@ -8,12 +8,17 @@ that it cannot read raises `BadImage`, so that a data set can skip the file.
 
 import functools
 import io
+import math
 import os
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+# All of a picture (top, left, bottom, right), and a square in the middle of it (down, across).
+WHOLE = (0.0, 0.0, 1.0, 1.0)
+CENTRE = (0.5, 0.5)
 
 
 class BadImage(Exception):
@@ -33,7 +38,8 @@ class BadImage(Exception):
     return f"{self.path}: {self.reason}"
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+  """What was wrong with a picture, in a few words."""
   if isinstance(error, UnidentifiedImageError):
     return "not a picture in a known format"
   if isinstance(error, FileNotFoundError):
@@ -58,18 +64,37 @@ def to_rgb(image: Image.Image, background: tuple[int, int, int] = (255, 255, 255
   return image.convert("RGB")
 
 
-def resize_and_crop(image: Image.Image, resolution: int) -> np.ndarray:
-  """RGB picture to uint8 [R, R, 3]: the shorter side becomes R, then the centre.
+def resize_and_crop(
+  image: Image.Image,
+  resolution: int,
+  part: Sequence[float] = WHOLE,
+  place: tuple[float, float] = CENTRE,
+) -> np.ndarray:
+  """RGB picture to uint8 [R, R, 3]: the shorter side becomes R, then a square is cut out.
 
   Resampling is Pillow's bicubic, whose support grows with the reduction, which is
   what antialiases. The crop is taken before the resize, as a box in source
   pixels, so that what is thrown away is never computed.
+
+  Args:
+    image: the picture.
+    resolution: R.
+    part: of the picture that is looked at: top, left, bottom, right, as fractions.
+    place: of the square in that part, down and across: 0 at its beginning, 1 at its end.
   """
-  width, height = image.size
-  side = min(width, height)
-  left, top = (width - side) / 2, (height - side) / 2
-  box = (left, top, left + side, top + side)
-  if (width, height) != (resolution, resolution):
+  top, left, bottom, right = np.multiply(part, (*image.size[::-1], *image.size[::-1])).tolist()
+  side = min(right - left, bottom - top)
+  x = left + (right - left - side) * place[1]
+  y = top + (bottom - top - side) * place[0]
+  box = (x, y, x + side, y + side)
+  if tuple(part) != WHOLE:
+    # Pillow's filter reaches over a box's edges, into what is not to be looked at.
+    # Fractions are rounded: a thousandth of a pixel is none.
+    edges = (math.floor(left + 1e-3), math.floor(top + 1e-3), math.ceil(right - 1e-3),
+             math.ceil(bottom - 1e-3))
+    image = image.crop(edges)
+    box = tuple(np.clip(np.subtract(box, edges[:2] * 2), 0, image.size * 2).tolist())
+  if image.size != (resolution, resolution) or box != (0, 0, *image.size):
     image = image.resize((resolution, resolution), Image.Resampling.BICUBIC, box=box)
   return np.asarray(image)
 
@@ -81,7 +106,7 @@ def _formats() -> tuple[str, ...]:
   return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
-def _open(source: str | os.PathLike | bytes) -> Image.Image:
+def open_picture(source: str | os.PathLike | bytes) -> Image.Image:
   """The picture, not yet decoded. Pillow itself refuses only twice its limit."""
   file = io.BytesIO(source) if isinstance(source, bytes) else source
   image = Image.open(file, formats=_formats())
@@ -100,27 +125,34 @@ def _name(source: str | os.PathLike | bytes) -> str:
 # ValueError, RuntimeError, struct.error... So all of it is taken for damage below.
 
 
-def decode(source: str | os.PathLike | bytes, resolution: int) -> np.ndarray:
+def decode(
+  source: str | os.PathLike | bytes,
+  resolution: int,
+  part: Sequence[float] = WHOLE,
+  place: tuple[float, float] = CENTRE,
+) -> np.ndarray:
   """A picture file, or its bytes, as uint8 [R, R, 3] RGB.
 
   The camera's rotation tag is applied, transparency is laid over white, the
   shorter side is resized to `resolution` (bicubic, antialiased) and the
-  centre is cropped. Of an animation the first frame is taken.
+  centre is cropped, or what `part` and `place` say (see `resize_and_crop`). Of
+  an animation the first frame is taken.
 
   Raises:
     BadImage: missing, empty, truncated, corrupt, of an unknown format, or
       larger than `PIL.Image.MAX_IMAGE_PIXELS`.
   """
   try:
-    with _open(source) as image:
+    with open_picture(source) as image:
       # JPEG can be decoded at 1/2, 1/4 or 1/8; the resize is left twice the size.
       if image.format == "JPEG":
-        image.draft(None, (2 * resolution, 2 * resolution))
+        least = math.ceil(2 * resolution / min(part[2] - part[0], part[3] - part[1]))
+        image.draft(None, (least, least))
       image.load()
       rgb = to_rgb(ImageOps.exif_transpose(image))
   except Exception as error:
-    raise BadImage(_name(source), _reason(error)) from error
-  return resize_and_crop(rgb, resolution)
+    raise BadImage(_name(source), reason_of(error)) from error
+  return resize_and_crop(rgb, resolution, part, place)
 
 
 def check_header(source: str | os.PathLike | bytes) -> None:
@@ -130,10 +162,10 @@ def check_header(source: str | os.PathLike | bytes) -> None:
     BadImage: missing, empty, of an unknown format, or too large.
   """
   try:
-    with _open(source):
+    with open_picture(source):
       pass
   except Exception as error:
-    raise BadImage(_name(source), _reason(error)) from error
+    raise BadImage(_name(source), reason_of(error)) from error
 
 
 def size_and_crop(source: str | os.PathLike | bytes, resolution: int) -> tuple[np.ndarray, ...]:
@@ -149,12 +181,12 @@ def size_and_crop(source: str | os.PathLike | bytes, resolution: int) -> tuple[n
     BadImage: as `check_header`.
   """
   try:
-    with _open(source) as image:
+    with open_picture(source) as image:
       width, height = image.size
       if image.getexif().get(0x0112, 1) >= 5:  # the camera lay on its side
         width, height = height, width
   except Exception as error:
-    raise BadImage(_name(source), _reason(error)) from error
+    raise BadImage(_name(source), reason_of(error)) from error
   scale = resolution / min(width, height)
   crop = [round((side * scale - resolution) / 2) for side in (height, width)]
   return np.array([height, width], np.int32), np.array(crop, np.int32)

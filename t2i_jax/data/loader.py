@@ -112,7 +112,7 @@ def fetch_rows(source: Source, indices: np.ndarray, draws: np.ndarray) -> tuple[
   for n, draw in enumerate(draws):
     for attempt in range(_SUBSTITUTES):
       try:
-        images.append(source.image(int(taken[n])))
+        images.append(source.shown(int(taken[n]), int(draw)))
         break
       except BadImage as error:
         last = error

@@ -30,7 +30,7 @@ class Checked(Protocol):
 
 
 class InMemory(Source):
-  """The readable rows of a `FileSource`, decoded.
+  """The readable rows of a `FileSource` whose pictures do not vary, decoded.
 
   Raises:
     UserError: not one row can be read.
@@ -63,18 +63,26 @@ class InMemory(Source):
     if source.weights is not None:
       weights = source.weights[kept]
       self.weights = weights / weights.sum()
-    self._images = images
-    self._captions = [source.captions_of(int(i)) for i in kept]
-    extras = [source.extra_of(int(i)) for i in kept]
-    self._extra = {k: np.stack([e[k] for e in extras]) for k in extras[0]}
+    self._images, self._source, self._kept = images, source, kept
+    if not source.quick:
+      self._captions = [source.captions_of(int(i)) for i in kept]
+      extras = [source.extra_of(int(i)) for i in kept]
+      self._extra = {k: np.stack([e[k] for e in extras]) for k in extras[0]}
 
   def __len__(self) -> int:
     return len(self._images)
 
   def fetch(self, indices: np.ndarray, draws: np.ndarray) -> Rows:
-    return dataclasses.replace(self.describe(indices, draws), image=self._images[indices])
+    images = self._images[indices]
+    if self._source.mirrors:
+      for n, (row, draw) in enumerate(zip(self._kept[indices], draws, strict=True)):
+        if self._source.mirrored(int(row), int(draw)):
+          images[n] = images[n, :, ::-1]
+    return dataclasses.replace(self.describe(indices, draws), image=images)
 
   def describe(self, indices: np.ndarray, draws: np.ndarray) -> Rows:
+    if self._source.quick:
+      return self._source.describe(self._kept[indices], draws)
     choices = [self._captions[i] for i in indices]
     return Rows(
       image=None,
@@ -83,10 +91,12 @@ class InMemory(Source):
     )
 
   def captions(self) -> Iterator[str]:
+    if self._source.quick:
+      return self._source.captions()
     return itertools.chain.from_iterable(self._captions)
 
   def every_caption(self) -> Iterator[str]:
-    return self.captions()
+    return self._source.every_caption() if self._source.quick else self.captions()
 
 
 def in_memory(
@@ -97,7 +107,8 @@ def in_memory(
   """`source` decoded into memory where it reads files and is small enough.
 
   Args:
-    source: any source; one that does not read files is returned as it is.
+    source: any source; one that does not read files is returned as it is, and so
+      is one whose pictures vary.
     progress: called with (rows done, rows) while decoding.
     memory_limit: bytes of uint8 pictures from which on rows are decoded again
       in each epoch instead.
@@ -107,6 +118,6 @@ def in_memory(
   """
   if not isinstance(source, FileSource):
     return source
-  if len(source) * source.resolution**2 * 3 > memory_limit:
+  if source.varies or len(source) * source.resolution**2 * 3 > memory_limit:
     return source.checked() if isinstance(source, Checked) else source
   return InMemory(source, progress)

@@ -1,0 +1,95 @@
+"""Sets split by class, whose captions are Reed et al.'s."""
+
+import pickle
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from t2i_jax.data.sets.listing import Listing, clean, read_lines
+from t2i_jax.errors import UserError
+
+
+def read_class_numbers(captions: Sequence[str], classes: int) -> np.ndarray:
+  """int32 [n, 1], from 0, of texts such as "class 17", "017.Cardinal" or "17", from 1.
+
+  Raises:
+    UserError: a text names no class.
+  """
+  labels = []
+  for caption in captions:
+    found = re.fullmatch(r"(?:class[ _])?0*(\d+)(?:\..*)?", caption.strip())
+    if not found or not 1 <= int(found[1]) <= classes:
+      raise UserError(f"a label cannot be read: the prompt '{caption}' names no class; write "
+                      f"'class 1' to 'class {classes}'")
+    labels.append(int(found[1]) - 1)
+  return np.array(labels, np.int32).reshape(-1, 1)
+
+
+def captions_in(text: Path, name: str, listing: Listing) -> tuple[str, ...]:
+  """The captions of a picture's file, one a line; none, and noted as skipped, where it has none."""
+  if not text.is_file():
+    listing.skipped.append((name, f"has no file in {text.parent.parent.name}"))
+    return ()
+  # The published files have replacement characters where a character was lost.
+  captions = (clean(line.replace("\ufffd", " ")) for _, line in read_lines(text, "replace"))
+  captions = tuple(filter(None, captions))
+  if not captions:
+    listing.skipped.append((name, f"its file in {text.parent.parent.name} is empty"))
+  return captions
+
+
+def class_split(source: Path, texts: Path, names: Sequence[str]) -> Callable[[str], bool]:
+  """Whether a picture "CLASS/FILE" is for testing, by the split's files.
+
+  Raises:
+    UserError: there are none, or they are of other classes.
+  """
+  for folder in dict.fromkeys((source, texts.parent)):
+    for parts in (("trainvalclasses.txt",), ("trainclasses.txt", "valclasses.txt")):
+      files = [folder / part for part in (*parts, "testclasses.txt")]
+      if all(map(Path.is_file, files)):
+        *train, test = (_classes(file) for file in files)
+        return _checked(set().union(*train), test, names, files)
+    files = [folder / split / "filenames.pickle" for split in ("train", "test")]
+    if all(map(Path.is_file, files)):
+      train, test = ({name.split("/")[0] for name in _names(file)} for file in files)
+      return _checked(train, test, names, files)
+  raise UserError(f"--source={source} has no trainvalclasses.txt and testclasses.txt (of the "
+                  "captions' archive), which say what is for testing; put them beside the captions")
+
+
+def _classes(file: Path) -> set[str]:
+  return {line.strip() for _, line in read_lines(file)}
+
+
+def _checked(train: set[str], test: set[str], names: Sequence[str],
+             files: Sequence[Path]) -> Callable[[str], bool]:
+  both = train & test
+  if both:
+    raise UserError(f"{files[-1]}: class '{min(both)}' is for training too, in {files[0].name}")
+  for name in names:
+    if name.split("/")[0] not in train | test:
+      raise UserError(f"{files[0]} and {files[-1].name} are of another set: neither has the class "
+                      f"of '{name}'")
+  return lambda name: name.split("/")[0] in test
+
+
+class _Plain(pickle.Unpickler):
+  """Reads lists of texts, and runs nothing that a file may name."""
+
+  def find_class(self, module: str, name: str) -> Any:
+    raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+def _names(file: Path) -> list[str]:
+  try:
+    with open(file, "rb") as content:
+      names = _Plain(content, encoding="latin-1").load()
+  except (pickle.UnpicklingError, EOFError, ValueError, IndexError, OSError) as error:
+    raise UserError(f"{file} is no list of names ({error}); download it again") from None
+  if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+    raise UserError(f"{file} is no list of names; download it again")
+  return names

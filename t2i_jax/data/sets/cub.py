@@ -1,0 +1,112 @@
+"""Caltech-UCSD Birds 200-2011 with ten captions a picture, split by class.
+
+    CUB_200_2011/{images/001.Black_footed_Albatross/....jpg, images.txt, image_class_labels.txt,
+                  classes.txt, bounding_boxes.txt}
+    text_c10/001.Black_footed_Albatross/....txt      (cvpr2016_cub, Reed et al.)
+    trainvalclasses.txt, testclasses.txt             (there too; or train/filenames.pickle and
+                                                      test/filenames.pickle of StackGAN's package)
+
+The folder of pictures has files that `images.txt` does not name; they are left out, as in all
+published results. Wah et al. 2011; Reed, Akata, Lee and Schiele 2016 (captions, 150/50 classes).
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from t2i_jax.data.sets.classes import captions_in, class_split, read_class_numbers
+from t2i_jax.data.sets.listing import (
+  Listing,
+  Picture,
+  check_some_exist,
+  find,
+  read_lines,
+)
+from t2i_jax.data.sets.prepared import Prepared
+from t2i_jax.errors import UserError
+
+ABOUT = ("Birds of 200 species with ten captions each.", "for research and education only")
+CLASSES = {"class": 200}
+
+
+class Cub(Prepared):
+  """Birds; the 50 species of "test" are not those of "train".
+
+  Args:
+    split, resolution, data_dir: as of `Prepared`.
+    seed: not used.
+    captions, crop, flips, sizes, labels, synthetic, synthetic_share: as of `Pictures`.
+    box_scale: side of the square that is cut out around the bird, over its box's longer side; 1.5
+      is what StackGAN, AttnGAN and DF-GAN train on; 0 takes whole pictures.
+  """
+
+  NAME = "cub"
+
+  def __init__(self, split: str = "train", resolution: int = 256, seed: int = 0,
+               data_dir: str = "", captions: str = "draw", crop: str = "centre",
+               flips: bool = False, sizes: bool = False, labels: bool = False,
+               box_scale: float = 1.5, synthetic: str = "", synthetic_share: float = 0.95):
+    del seed
+    super().__init__(split, resolution, data_dir, captions=captions, crop=crop, flips=flips,
+                     sizes=sizes, labels=labels, box_scale=box_scale, synthetic=synthetic,
+                     synthetic_share=synthetic_share)
+    self.varies = self._random  # a picture's captions are all of the same box
+
+
+def read_labels(captions: Sequence[str]) -> np.ndarray:
+  """int32 [n, 1] of texts such as "class 17", "017.Cardinal" or "17"; classes count from 1.
+
+  Raises:
+    UserError: a text names no class.
+  """
+  return read_class_numbers(captions, CLASSES["class"])
+
+
+def read(source: Path) -> Listing:
+  """The listing of a folder with the birds and their captions."""
+  birds = source if (source / "images.txt").is_file() else find(
+    source, "CUB_200_2011", what="the birds (CUB_200_2011.tgz, unpacked)"
+  )
+  texts = find(source, "text_c10", "text", "cvpr2016_cub/text_c10", "birds/text",
+               what="the captions (cvpr2016_cub.tar.gz, unpacked)")
+  names, labels, boxes = (
+    _numbered(find(birds, f"{file}.txt", what="a part of CUB_200_2011"), fields)
+    for file, fields in (("images", 1), ("image_class_labels", 1), ("bounding_boxes", 4))
+  )
+  test = class_split(source, texts, [name for (name,) in names.values()])
+  listing = Listing({"train": [], "test": []})
+  for number, (name,) in names.items():
+    if number not in labels or number not in boxes:
+      raise UserError(f"{birds} is not whole: picture {number} of images.txt has no label or box")
+    captions = captions_in(texts / f"{name[:-4]}.txt", name, listing)
+    if captions:
+      around = (tuple(map(float, boxes[number])),) * len(captions)
+      listing.splits["test" if test(name) else "train"].append(
+        Picture(name, str(birds / "images" / name), captions, int(labels[number][0]) - 1, around)
+      )
+  for split, pictures in listing.splits.items():
+    if not pictures:
+      raise UserError(f"no bird of split '{split}' has captions in {texts}; they are of another "
+                      "set")
+    check_some_exist(pictures, "images.txt")
+  _note_unlisted(birds / "images", {name for (name,) in names.values()}, listing)
+  return listing
+
+
+def _numbered(path: Path, fields: int) -> dict[str, list[str]]:
+  """Lines "number field field..." by their number."""
+  rows = {}
+  for line, text in read_lines(path):
+    number, *row = text.split()
+    if len(row) != fields or not number.isdigit():
+      raise UserError(f"{path}, line {line}: '{text[:60]}' is not a number and {fields} fields")
+    rows[number] = row
+  return rows
+
+
+def _note_unlisted(folder: Path, listed: set[str], listing: Listing) -> None:
+  for path in sorted(folder.glob("*/*.jpg")):
+    name = f"{path.parent.name}/{path.name}"
+    if name not in listed:
+      listing.skipped.append((name, "images.txt does not name it"))

@@ -1,0 +1,154 @@
+"""Tar shards of WebDataset or img2dataset, read in place through an index of offsets.
+
+    00000.tar: 000000000.jpg, 000000000.txt, 000000000.json, 000000001.jpg ...
+
+`python -m t2i_jax.data.prepare webdataset --source=DIR` writes the index below `--output`, and
+nothing into DIR. Members of one key are a picture (jpg, jpeg, png, webp) and its caption: `txt`, or
+`caption` of `json`. About one key in 100, chosen by its hash, is for testing.
+
+img2dataset's default `--resize_mode=border` pads pictures with white to a square; where the bands
+that their original sizes ask for are white, they are not looked at.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from t2i_jax.data.held_out import held_out
+from t2i_jax.data.images import BadImage
+from t2i_jax.data.sets import parallel, table, tar_samples
+from t2i_jax.data.sets.pictures import Pictures
+from t2i_jax.data.sets.prepared import default_root
+from t2i_jax.data.sets.tar_index import read_at
+from t2i_jax.errors import UserError, unknown
+
+_ONE_IN = 100
+NAME = "webdataset"
+_INDEX, _SKIPPED = "index.json", "skipped.txt"
+_FORMAT = 1
+
+
+def index_of(path: str, root: str | os.PathLike = "") -> Path:
+  """Where the index of a folder of tar shards lies, below the folder of all prepared sets."""
+  whole = os.path.abspath(os.path.expanduser(path))
+  name = f"{os.path.basename(whole)}-{hashlib.sha256(whole.encode()).hexdigest()[:12]}"
+  return (Path(root).expanduser() if root else default_root()) / "webdataset" / name
+
+
+class WebDataset(Pictures):
+  """Pictures in tar shards.
+
+  Args:
+    split: "train" or "test".
+    resolution: side of the pictures.
+    seed: not used.
+    path: the folder of shards.
+    data_dir: `--output` of `t2i_jax.data.prepare`; empty is its default.
+    crop, flips, sizes, synthetic, synthetic_share: as of `Pictures`.
+
+  Raises:
+    UserError: there is no index, or the shards have changed since it was made.
+  """
+
+  SPLITS = ("train", "test")
+
+  def __init__(self, split: str = "train", resolution: int = 256, seed: int = 0, path: str = "",
+               data_dir: str = "", crop: str = "centre", flips: bool = False, sizes: bool = False,
+               synthetic: str = "", synthetic_share: float = 0.95):
+    del seed
+    if split not in self.SPLITS:
+      raise unknown("split of data set 'webdataset'", split, self.SPLITS)
+    if not path:
+      raise UserError("data set 'webdataset' needs its option 'path': a folder of .tar shards")
+    folder = index_of(path, data_dir)
+    again = f"python -m t2i_jax.data.prepare webdataset --source={path}"
+    if not (folder / _INDEX).is_file():
+      raise UserError(f"the tar shards of '{path}' have no index in {folder.parent}: run {again}")
+    index = json.loads((folder / _INDEX).read_text())
+    if index["format"] != _FORMAT:
+      raise UserError(f"{folder} is of another version; delete it and run {again}")
+    self._shards = [Path(path).expanduser() / name for name in index["shards"]]
+    for shard, size in zip(self._shards, index["shards"].values(), strict=True):
+      if not shard.is_file() or shard.stat().st_size != size:
+        raise UserError(f"{shard} has changed since it was indexed; delete {folder} and run "
+                        f"{again}")
+    super().__init__(table.Table(folder / split), split, resolution, crop=crop, flips=flips,
+                     sizes=sizes, synthetic=synthetic, synthetic_share=synthetic_share)
+
+  def content(self, picture: int) -> bytes:
+    shard, offset, length = (int(n) for n in self.table["place"][picture])
+    try:
+      return read_at(self._shards[shard], offset, length)
+    except OSError as error:
+      raise BadImage(self.table.name(picture), error.strerror or str(error)) from error
+
+
+def write_index(source: Path, root: str | os.PathLike, workers: int,
+                progress: Callable[[int, int], None]) -> tuple[Path, list[tuple[str, str]]]:
+  """Indexes the tar shards of a folder; returns the index's folder and what was skipped.
+
+  A run that was stopped goes on with the shards that are not indexed.
+
+  Raises:
+    UserError: there are no tar shards, or none has a picture with a caption.
+  """
+  names = sorted(os.path.relpath(path, source) for path in source.rglob("*.tar"))
+  if not names:
+    raise UserError(f"--source={source} has no .tar shards")
+  folder = index_of(os.fspath(source), root)
+  beside = folder.with_name(f"unfinished-{folder.name}")
+  beside.mkdir(parents=True, exist_ok=True)
+  parts = [beside / _part_name(source / name, name) for name in names]
+  missing = [n for n, part in enumerate(parts) if not part.is_file()]
+  jobs = [(source / names[n], names[n], n, parts[n]) for n in missing]
+  begun = len(names) - len(missing)
+  progress(begun, len(names))
+  parallel.run(tar_samples.index, jobs, workers, lambda n: progress(begun + n + 1, len(names)))
+  made = [tar_samples.read(part) for part in parts]
+  skipped = [pair for part in made for pair in part.skipped]
+  columns = _together([part.columns for part in made])
+  if columns is None:
+    name, reason = skipped[-1] if skipped else (names[0], "is empty")
+    raise UserError(f"none of {len(names)} tar shards of {source} has a picture with a caption; "
+                    f"the last: {name}: {reason}")
+  written = folder.with_name(f"writing-{folder.name}")
+  shutil.rmtree(written, ignore_errors=True)
+  written.mkdir()
+  for split, part in _split(columns, source).items():
+    table.write(written / split, [part])
+  (written / _SKIPPED).write_text("".join(f"{n}\t{why}\n" for n, why in skipped), "utf-8",
+                                  "replace")
+  sizes = {name: (source / name).stat().st_size for name in names}
+  (written / _INDEX).write_text(json.dumps({"format": _FORMAT, "shards": sizes}))
+  written.rename(folder)
+  shutil.rmtree(beside)
+  return folder, skipped
+
+
+def _part_name(path: Path, name: str) -> str:
+  """A shard's part, which is another one when the shard, its size or its place has changed."""
+  state = path.stat()
+  digest = hashlib.sha256(f"{name} {state.st_size} {state.st_mtime_ns}".encode()).hexdigest()
+  return f"{digest[:16]}.npz"
+
+
+def _together(parts: list[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray] | None:
+  parts = [part for part in parts if len(part["first"]) > 1]
+  return table.concatenate(parts) if parts else None
+
+
+def _split(columns: Mapping[str, np.ndarray], source: Path) -> dict[str, dict[str, Any]]:
+  names = table.texts(columns, "names")
+  test = held_out(names, _ONE_IN) or {min(names)}
+  chosen = np.array([name in test for name in names])
+  if chosen.all():
+    raise UserError(f"{source} has one picture with a caption; one is held out, so there must be "
+                    "more")
+  return {"train": table.take(columns, np.flatnonzero(~chosen)),
+          "test": table.take(columns, np.flatnonzero(chosen))}
