@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 import t2i_jax
 from t2i_jax import assembly, export
 from t2i_jax.errors import UserError
-from t2i_jax.parallel.compiler_flags import compiler_options
+from t2i_jax.parallel.compiler_flags import options_of
 from t2i_jax.parallel.distributed import is_primary
 from t2i_jax.parallel.mesh import batch_sharding, make_mesh
 from t2i_jax.parallel.sharding import parse_rules, place, put, shardings
@@ -83,9 +83,9 @@ class Plan:
 
   def create(self, batch: Any, frozen: Mapping[str, Any]) -> State:
     """A fresh state, made in place on the devices."""
-    platform = next(iter(self.shardings.step.device_set)).platform
+    device = next(iter(self.shardings.step.device_set))
     made = jax.jit(
-      self.initialise, out_shardings=self.shardings, compiler_options=compiler_options(platform)
+      self.initialise, out_shardings=self.shardings, compiler_options=options_of(device)
     )
     return made(batch, frozen)
 

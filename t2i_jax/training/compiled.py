@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from t2i_jax.parallel import flops
-from t2i_jax.parallel.compiler_flags import compiler_options
+from t2i_jax.parallel.compiler_flags import options_of, refused
 
 
 class CompiledStep:
@@ -26,25 +26,36 @@ class CompiledStep:
       function: the pure step.
       state_shardings: tree of NamedSharding; what comes back has the same.
     """
-    platform = next(iter(jax.tree.leaves(state_shardings)[0].device_set)).platform
+    device = next(iter(jax.tree.leaves(state_shardings)[0].device_set))
     self._function = function
     self._jitted = jax.jit(
       function,
       donate_argnums=0,
       out_shardings=(state_shardings, None),
-      compiler_options=compiler_options(platform),
+      compiler_options=options_of(device),
     )
     self._programs: dict[Any, Any] = {}
     self.compilations = 0
     self.compile_seconds = 0.0
 
   def program(self, state: Any, batch: Any) -> Any:
-    """The executable for a batch of this shape; `state` and `batch` may be abstract."""
+    """The executable for a batch of this shape; `state` and `batch` may be abstract.
+
+    Raises:
+      UserError: the compiler does not know an option that the user asked for.
+    """
     leaves, structure = jax.tree.flatten(batch)
     key = (structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
     if key not in self._programs:
       start = time.monotonic()
-      self._programs[key] = self._jitted.lower(state, batch).compile()
+      lowered = self._jitted.lower(state, batch)
+      try:
+        self._programs[key] = lowered.compile()
+      except jax.errors.JaxRuntimeError as error:
+        told = refused(error)
+        if told is None:
+          raise
+        raise told from error
       self.compilations += 1
       self.compile_seconds += time.monotonic() - start
     return self._programs[key]
