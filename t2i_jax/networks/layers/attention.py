@@ -41,19 +41,24 @@ def attend(
   return checkpoint_name(out, ATTENDED)
 
 
-def head_norm(x: Array, scale: Array) -> Array:
+class HeadNorm(nn.Module):
   """Root-mean-square norm of each head's units (Esser et al. 2024, section 5.3.2).
 
-  Args:
-    x: queries or keys [B, T, H, D].
-    scale: float32 [D].
-
-  Returns:
-    [B, T, H, D] of the type of x; computed in float32.
+  Attributes:
+    active: whether there is one; otherwise what is given is returned.
   """
-  y = x.astype(jnp.float32)
-  y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + 1e-6)
-  return (y * scale).astype(x.dtype)
+
+  active: bool = True
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    """Queries or keys [B, T, H, D] -> the same shape and type; computed in float32."""
+    if not self.active:
+      return x
+    scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + 1e-6)
+    return (y * scale).astype(x.dtype)
 
 
 class MultiHeadAttention(nn.Module):

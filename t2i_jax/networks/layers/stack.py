@@ -5,8 +5,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-
-from t2i_jax.errors import UserError, unknown
+import jax.numpy as jnp
 
 Array = jax.Array
 # What a block computes again in the backward pass. "none": nothing. "full": all of it, so that of a
@@ -17,19 +16,6 @@ REMATS = ("none", "full", "dots", "attention", "offload")
 ATTENDED = "attended"
 # Tokens and what else a block hands to the next.
 Carry = Any
-
-
-def check_remat(name: str) -> None:
-  """Raises UserError for a policy that there is none of."""
-  if name not in REMATS:
-    raise unknown("model.remat", name, REMATS)
-
-
-def check_heads(width: int, heads: int) -> None:
-  """Raises UserError unless tokens' units divide into heads, and their positions into waves."""
-  if width % heads or width % 4:
-    raise UserError(f"model.width={width} does not divide by model.heads={heads}, or not by 4 (its "
-                    "positions are sines and cosines of two coordinates); change one of them")
 
 
 def run_blocks(
@@ -75,7 +61,7 @@ def run_blocks(
     own = jax.tree.map(lambda leaf: leaf[i], each)  # noqa: B023
     x, one = step(make(f"{name}_{first + i}"), x, own, *given)
     kept.append(one)
-  return x, jax.tree.map(lambda *leaves: jax.numpy.stack(leaves), *kept) if keep else None
+  return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *kept) if keep else None
 
 
 def _policy(remat: str) -> Callable[..., Any] | None:
