@@ -342,3 +342,10 @@ def test_only_the_first_stage_is_loaded(first, photos, tmp_path):
                     text__encoder="component")  # fmt: skip
   write_latents(given, str(tmp_path / "cache"))
   assert precompute_latents.LatentCache(tmp_path / "cache", "train").variants == 1
+
+
+def test_there_are_none_of_pictures_that_vary(photos, tmp_path, monkeypatch):
+  monkeypatch.setattr("t2i_jax.data.folder.Folder.varies", True)
+  with pytest.raises(UserError, match="shows another part of a picture each time, and latents are"):
+    write_latents(on_folder("nowhere", photos), tmp_path / "latents", (), "float16")
+  assert not (tmp_path / "latents").exists()
