@@ -8,10 +8,10 @@
 With `labels=no` the network is told nothing: the classifier alone makes it draw what is asked for
 (docs/sampling.md shows with what success, by scale).
 
-Expected of "small" with `labels=no` on "scenes", seed 0: clean pictures that no caption decides, and
-under a classifier of 7 minutes' training at a scale of 8, 57 % of 128 held-out captions right in
-everything (colour 96 %, place 99 %, shape 60 %), 0 % without it; after 52 minutes on one CPU core
-that others used too. The published sizes were not trained here.
+Expected of "small" with `labels=no` on "scenes", seed 0: clean pictures that no caption decides,
+and under a classifier of 7 minutes' training at a scale of 8, 57 % of 128 held-out captions right
+in everything (colour 96 %, place 99 %, shape 60 %), 0 % without it; after 52 minutes on one CPU
+core that others used too. The published sizes were not trained here.
 
 Arguments:
   size: "small" (32 px, for two CPU cores, the default); "imagenet64", "imagenet128", "imagenet256"
