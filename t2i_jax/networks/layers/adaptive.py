@@ -1,7 +1,7 @@
 """Layer norms that a condition scales and shifts, and branches that it opens.
 
-Peebles and Xie 2023, section 3.2, "adaLN-Zero": scale, shift and gate are a regression from the embedded condition, zero
-at first, so that every block begins as the identity.
+Peebles and Xie 2023, section 3.2, "adaLN-Zero": scale, shift and gate are a regression from the
+embedded condition, zero at first, so that every block begins as the identity.
 """
 
 import flax.linen as nn
