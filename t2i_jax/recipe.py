@@ -30,6 +30,15 @@ DATASETS = {
 # the text at 1e-3 and not at all at 3e-3, which the denoiser needs for shapes (docs/learning.md).
 SLOW_TEXT = ((r"^(text_encoder|draft)/", 0.33),)
 
+# Of transformers, for `sharding.rules`: heads and units of the MLPs over `mesh.tensor`, where there
+# is more than one (Shoeybi et al. 2019, section 3), all else over `mesh.fsdp`.
+TRANSFORMER_RULES = (
+  (r"((attention|mlp)(_\d+)?/out|(image|text|second)_out|mlp_out_\d+)/kernel$",
+   "tensor(-2)+fsdp"),
+  (r"(query|key|value|mlp/in|mlp_in_\d+)/(kernel|bias)$", "tensor(-1)+fsdp"),
+  (".*", "fsdp"),
+)
+
 
 def base(system: str, dataset: str) -> ConfigDict:
   """All sections of a system's config on a data set, locked; values may be changed."""

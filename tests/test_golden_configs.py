@@ -56,7 +56,7 @@ def test_config_is_as_written_down(path, size):
 WRITTEN = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*"),
            *ROOT.glob("configs/*.py"), *ROOT.glob("t2i_jax/**/*.py")]
 EXAMPLES = sorted({example for path in WRITTEN if path.suffix in (".md", ".py")
-                   for example in re.findall(r"--config=(configs/[\w.]+(?::[\w=,]+)?)",
+                   for example in re.findall(r"--config=(configs/[\w.]+(?::[\w=,/.-]*\w)?)",
                                              path.read_text())} - {"configs/NAME.py"})
 
 
@@ -99,6 +99,10 @@ COMPONENTS = {
   "ldm": {"first_stage": "kl_autoencoder"}, "lora": {"base": "ddpm"},
   "stable_diffusion": {"first_stage": "kl_autoencoder", "text_encoder": ENCODER},
   "sdxl": {"first_stage": "kl_autoencoder", "text_encoder": ENCODER, "text_encoder_2": ENCODER},
+  "dit": {"first_stage": "kl_autoencoder"}, "u_vit": {"first_stage": "kl_autoencoder"},
+  # Its pictures are too large for an autoencoder that takes but one half of their sides.
+  "sd3": {"first_stage": "kl_autoencoder:small", "text_encoder": ENCODER, "text_encoder_2": ENCODER,
+          "text_encoder_3": ENCODER},
 }
 
 
@@ -120,7 +124,10 @@ def built(stem, size):
   if stem == ENCODER:
     return encoder()
   config = configs.load_config(f"{ROOT / 'configs' / stem}.py:size={size}")
-  parts = {name: built(other, "tiny") for name, other in COMPONENTS.get(stem, {}).items()}
+  parts = {
+    name: built(other.partition(":")[0], other.partition(":")[2] or "tiny")
+    for name, other in COMPONENTS.get(stem, {}).items()
+  }  # fmt: skip
   system = assembly.build_system(config, {name: part[0] for name, part in parts.items()})
   frozen = base.merge(*(
     {kind: {name: groups} for kind, groups in variables.items()}

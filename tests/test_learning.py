@@ -23,7 +23,8 @@ APART = {
     "draws nothing of a text; its own test trains it",
   ),
   "adm": "is guided by a classifier, or told labels",
-  **dict.fromkeys(("ldm", "lora", "sdxl", "stable_diffusion"), "is built on other exports"),
+  **dict.fromkeys(("ldm", "lora", "sd3", "sdxl", "stable_diffusion"), "is built on other exports"),
+  **dict.fromkeys(("dit", "u_vit"), "how long it must be trained is not known yet"),
 }
 
 

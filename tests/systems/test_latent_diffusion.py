@@ -13,7 +13,8 @@ from t2i_jax.networks.layers.embeddings import timestep_embedding
 from t2i_jax.systems import base
 from t2i_jax.systems.base import Conditioning
 from t2i_jax.systems.conditioning import TextConditioner
-from t2i_jax.systems.diffusion.ldm import LATENTS, LDM
+from t2i_jax.systems.diffusion.latent import LATENTS
+from t2i_jax.systems.diffusion.ldm import LDM
 from t2i_jax.systems.diffusion.stable_diffusion import SDXL, SDXLOptions, StableDiffusion
 
 TEXT = TextConditioner(length=4, vocab_size=16, width=8, layers=1, heads=2)

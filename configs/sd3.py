@@ -1,0 +1,75 @@
+"""Stable Diffusion 3 and 3.5: rectified flow by a multimodal transformer with three text encoders.
+
+  python -m t2i_jax.main --config=configs/sd3.py:dataset=folder --workdir=runs/mine \\
+    --config.data.options.path=PICTURES --config.components.text_encoder=clip-l \\
+    --config.components.text_encoder_2=bigg --config.components.text_encoder_3=t5-xxl \\
+    --config.components.first_stage=kl-f8c16
+  python -m t2i_jax.main --config=configs/sd3.py:size=small,encoder=transformer --workdir=runs/sd3
+
+"small" models pixels, the published sizes the latents of a first stage with 16 channels. The
+components are exports that `convert` makes of a pipeline's text_encoder and vae folders.
+
+Expected: not known, no size was trained to its end here.
+
+Arguments:
+  size: "3-medium" (1024 px, the default), "3.5-medium" and "3.5-large", the published networks;
+    "small" (32 px, for two CPU cores); "tiny", for tests.
+  encoder: "component" (the default), the three published encoders, or "transformer", a small one
+    that is trained with it.
+  dataset: "folder", "emoji", "scenes" (one object), "scenes_two", "scenes_all".
+
+Paper: Esser et al. 2024 (Scaling Rectified Flow Transformers for High-Resolution Image Synthesis),
+sections 3.1, 4 and 5.3; the sizes are those of the released models.
+"""
+
+from t2i_jax import recipe
+from t2i_jax.config import choose, parse_arg
+
+# The autoencoder's scale and shift; times shifted for 1024 px; places of up to 192 tokens a side.
+PUBLISHED = dict(
+  resolution=1024, latent_scale=1.5305, latent_shift=0.0609, shift=3.0, grid=64, largest=192,
+)
+SIZES = {
+  "3-medium": dict(PUBLISHED, width=1536, depth=24, heads=24),
+  "3.5-medium": dict(PUBLISHED, width=1536, depth=24, heads=24, norm=True, dual=13, largest=384),
+  "3.5-large": dict(PUBLISHED, width=2432, depth=38, heads=38, norm=True),
+  "small": dict(resolution=32, width=96, depth=6, heads=3, norm=True, dual=2, grid=16, largest=16,
+                density_mean=0.5, scan=False),
+  "tiny": dict(resolution=16, width=16, depth=3, heads=2, norm=True, dual=1, grid=4, largest=8,
+               shift=3.0),
+}  # fmt: skip
+
+
+def get_config(arg=None):
+  arg = parse_arg(arg, size="3-medium", encoder="component", dataset="folder")
+  config = recipe.base("sd3", arg.dataset)
+  config.model.update(choose("size", arg.size, SIZES))
+  config.sharding.rules = recipe.TRANSFORMER_RULES
+  config.text.encoder = arg.encoder
+  if arg.encoder == "component":
+    # All three are left out of a tenth of the batch (section 5.3).
+    config.text.update(
+      encoders=("text_encoder+text_encoder_2", "text_encoder_3"),
+      pooled=("text_encoder", "text_encoder_2"), drop=0.0, drop_each=0.464, null="empty",
+    )
+  if arg.size == "tiny":
+    if arg.encoder == "transformer":
+      config.text.update(width=32, layers=1, heads=2, vocab_size=300, length=40)
+    recipe.tiny(config)
+    return config
+  if arg.size == "small":
+    if arg.encoder == "transformer":
+      config.text.update(width=64, heads=2, pool="flatten")
+    config.train.update(duration="6000 steps", batch_size=16)
+    config.optimizer.update(
+      name="muon", learning_rate=3e-3, b2=0.99, weight_decay=0.01, schedule="cosine",
+      warmup="50 steps", multipliers=recipe.SLOW_TEXT,
+    )
+    config.ema.decay = 0.999
+    config.sample.options.update(steps=25, guidance=2.0, clip=True)
+    return config
+  config.train.update(duration="500k steps", batch_size=4096)
+  config.optimizer.update(learning_rate=1e-4, warmup="1000 steps", weight_decay=0.01)
+  config.model.remat = "dots"
+  config.precision.frozen = "bfloat16"
+  return config
