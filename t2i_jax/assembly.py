@@ -6,6 +6,7 @@ import fcntl
 import itertools
 import json
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ from t2i_jax import config as configs
 from t2i_jax import data, systems
 from t2i_jax.data.base import Source
 from t2i_jax.errors import UserError, unknown
-from t2i_jax.parallel.distributed import broadcast_bytes, is_primary
+from t2i_jax.parallel.distributed import agree_any, barrier, broadcast_bytes, is_primary
 from t2i_jax.systems.base import Field, System
 from t2i_jax.systems.conditioning import GROUP, encoder_names
 from t2i_jax.text.tokenizer import Tokenizers, train_tokenizer
@@ -408,6 +409,31 @@ def check_workdir(workdir: epath.Path, config: ConfigDict) -> None:
       f"{ours.get(key)!r}{more}; choose another --workdir (to go on from that run with this "
       f"config, add --config.resume={workdir})"
     )
+
+
+def check_shared(workdir: epath.Path, seconds: float = 10.0) -> None:
+  """Raises UserError unless all hosts see the same work directory.
+
+  Args:
+    workdir: of the run. A store such as `gs://` is one for all.
+    seconds: that a file may take to be seen by the others.
+  """
+  if jax.process_count() == 1 or "://" in os.fspath(workdir):
+    return
+  token = broadcast_bytes(os.urandom(8) if is_primary() else None).hex()
+  path = workdir / f".seen-by-all-{token}"
+  if is_primary():
+    path.touch()
+  barrier("written")
+  deadline = time.monotonic() + seconds
+  while not (seen := path.exists()) and time.monotonic() < deadline:
+    time.sleep(0.5)
+  blind = agree_any(not seen)
+  if is_primary():
+    path.unlink()
+  if blind:
+    raise UserError(f"--workdir={workdir} is not the same folder on all hosts; name one on a file "
+                    "system that they share, or gs://BUCKET/FOLDER")
 
 
 @contextlib.contextmanager

@@ -1,7 +1,9 @@
 """`python -m t2i_jax.main --config=configs/NAME.py --workdir=DIR`: trains any system."""
 
 import json
+import math
 import time
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +18,7 @@ from t2i_jax.data.prefetch import Prefetcher
 from t2i_jax.errors import UserError
 from t2i_jax.evaluate import check_judged, score, table
 from t2i_jax.hooks import DrawReconstructions, DrawSamples, HeldOutLoss, default_prompts
-from t2i_jax.parallel.distributed import agree_any, is_primary
+from t2i_jax.parallel.distributed import agree_any, agree_on, is_primary
 from t2i_jax.parallel.flops import peak_flops
 from t2i_jax.parallel.mesh import batch_sharding, batch_shards, check_batch, host_rows, make_mesh
 from t2i_jax.parallel.sharding import put
@@ -25,8 +27,10 @@ from t2i_jax.restore import Run, held_variables, on_host
 from t2i_jax.systems import base
 from t2i_jax.training import loop
 from t2i_jax.training.compiled import CompiledStep
-from t2i_jax.training.preemption import StopSignal
+from t2i_jax.training.preemption import StopSignal, exit_stopped
+from t2i_jax.training.profiling import Profile, parse_steps
 from t2i_jax.training.step import StepOptions, check_accumulation, check_division, make_step
+from t2i_jax.training.watchdog import PATIENCE, Watchdog
 from t2i_jax.training.writers import Progress, Writers, say
 
 # Steps between two questions whether any host was asked to stop: it takes a collective.
@@ -51,6 +55,11 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument("--workdir", default="",
                       help="where checkpoints, metrics, samples and the export go")
   parser.add_argument("--tensorboard", action="store_true", help="write TensorBoard files too")
+  parser.add_argument("--patience", type=float, metavar="MINUTES",
+                      help="end with status 75 where nothing moves for so long; 0 for never "
+                           f"({PATIENCE:g} with several processes, else 0)")
+  parser.add_argument("--profile", metavar="FIRST:LAST", default="",
+                      help="record these steps into WORKDIR/profile, for XProf")
   parser.add_argument("--show", action="store_true", help="print the config and stop")
   settings, rest = command.split_settings(argv)
   command.run(parser, rest, lambda flags: _main(flags, settings))
@@ -63,12 +72,23 @@ def _main(flags, settings: Sequence[str]) -> None:
     return
   if not flags.workdir:
     raise UserError("--workdir is missing: name the folder that this run may write to")
+  if flags.patience is not None and not 0 <= flags.patience < math.inf:
+    raise UserError(f"--patience={flags.patience}: use a number of minutes, or 0")
+  profile = parse_steps(flags.profile) if flags.profile else None
   command.set_up_jax()
-  train(config, flags.workdir, flags.tensorboard)
+  train(config, flags.workdir, flags.tensorboard, flags.patience, profile)
 
 
-def train(config: ConfigDict, workdir: str, tensorboard: bool = False) -> loop.State:
+def train(config: ConfigDict, workdir: str, tensorboard: bool = False,
+          patience: float | None = None, profile: tuple[int, int] | None = None) -> loop.State:
   """Trains, checkpoints, draws samples and exports; resumes what `workdir` holds.
+
+  Args:
+    config: of the run.
+    workdir: where everything goes.
+    tensorboard: write TensorBoard files too.
+    patience: as of `Watchdog`.
+    profile: steps to record, as of `Profile`.
 
   Returns:
     The last state.
@@ -77,17 +97,27 @@ def train(config: ConfigDict, workdir: str, tensorboard: bool = False) -> loop.S
     UserError: for whatever the user can mend.
   """
   started = time.monotonic()
-  configs.check_ranges(config)
-  workdir = epath.Path(workdir).expanduser()
-  mesh = make_mesh(config.mesh.to_dict())
-  check_batch(config.train.batch_size, mesh, "train.batch_size")
-  rows = host_rows(config.train.batch_size, mesh)
-  assembly.check_workdir(workdir, config)
-  with assembly.locked(workdir):
-    return _train(config, workdir, mesh, rows, tensorboard, started)
+  with Watchdog(patience) as watchdog:
+    configs.check_ranges(config)
+    agree_on("the checksum of the config", zlib.crc32(configs.to_json(config).encode()) >> 1,
+             "give all the same command and the same files")
+    workdir = epath.Path(workdir).expanduser()
+    mesh = make_mesh(config.mesh.to_dict())
+    check_batch(config.train.batch_size, mesh, "train.batch_size")
+    rows = host_rows(config.train.batch_size, mesh)
+    assembly.check_workdir(workdir, config)
+    assembly.check_shared(workdir)
+    with assembly.locked(workdir):
+      recorder = Profile(profile, workdir / "profile")
+      state, done = _train(config, workdir, mesh, rows, tensorboard, started, watchdog, recorder)
+  if not done:
+    exit_stopped()
+  return state
 
 
-def _train(config, workdir, mesh, rows, tensorboard, started) -> loop.State:
+def _train(
+  config, workdir, mesh, rows, tensorboard, started, watchdog, recorder
+) -> tuple[loop.State, bool]:
   components = assembly.load_components(config, workdir)
   assembly.take_sampling_options(config, components)
   cache = caches.open_text_cache(config, components)
@@ -153,7 +183,8 @@ def _train(config, workdir, mesh, rows, tensorboard, started) -> loop.State:
       training_started = time.monotonic()
       sharding = batch_sharding(mesh)
       with Prefetcher(loader, lambda b: put(b, sharding), config.data.prefetch) as batches:
-        state, step = _loop(compiled, run, batches, options, writers, hooks)
+        with recorder:
+          state, step = _loop(compiled, run, batches, options, writers, hooks, watchdog, recorder)
       _say(f"trained to step {step}/{total} in {time.monotonic() - training_started:.1f} s")
       if step >= total:
         variables = held_variables(system, state, ema=True)
@@ -162,12 +193,18 @@ def _train(config, workdir, mesh, rows, tensorboard, started) -> loop.State:
           _score(config, workdir, Pipeline(
             system, tokenizers, mesh, variables, config, step, resting=run.resting
           ))
-      return state
+      return state, step >= total
+    except BaseException as error:
+      watchdog.failed(error)  # the checkpoints may wait for processes that wait for this one
+      raise
     finally:
       run.checkpoints.close()
 
 
-def _loop(compiled, run: Run, batches, options, writers: Writers, hooks):
+def _loop(
+  compiled, run: Run, batches, options, writers: Writers, hooks, watchdog: Watchdog,
+  recorder: Profile,
+):
 
   def write(step: int, values: dict[str, float]) -> None:
     run.checkpoints.check()  # a save that failed in the background is heard of now
@@ -175,7 +212,9 @@ def _loop(compiled, run: Run, batches, options, writers: Writers, hooks):
 
   def save(step: int, state, meta) -> None:
     writers.flush()
+    agree_on("the step to save", step, "start all processes again")
     run.save(step, state, meta)
+    watchdog.moved(step)
 
   log = loop.Log(options, write, run.window)
   progress = Progress(options.total, run.step, enabled=is_primary())
@@ -183,6 +222,8 @@ def _loop(compiled, run: Run, batches, options, writers: Writers, hooks):
   with StopSignal() as signal:
 
     def stop(step: int) -> bool:
+      watchdog.moved(step)
+      recorder.at(step)
       if not several:
         return signal.requested()
       return step % min(options.log_every, _ASK_EVERY) == 0 and agree_any(signal.requested())
@@ -195,6 +236,7 @@ def _loop(compiled, run: Run, batches, options, writers: Writers, hooks):
       run.checkpoints.wait()
     finally:
       progress.close()
+      watchdog.rest()
   if step < options.total:
     _say(f"stopped as asked; step {step} is saved, and the same command goes on from there")
   return state, step

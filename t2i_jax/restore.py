@@ -16,7 +16,7 @@ import t2i_jax
 from t2i_jax import assembly, export
 from t2i_jax.errors import UserError
 from t2i_jax.parallel.compiler_flags import options_of
-from t2i_jax.parallel.distributed import is_primary
+from t2i_jax.parallel.distributed import agree_on, is_primary
 from t2i_jax.parallel.mesh import batch_sharding, make_mesh
 from t2i_jax.parallel.sharding import parse_rules, place, put, shardings
 from t2i_jax.systems import base
@@ -139,6 +139,8 @@ class Run:
       workdir / "checkpoints", keep_last=config.checkpoint.keep_last,
       keep_every=steps_of(config.checkpoint.keep_every, "checkpoint.keep_every") or None,
     )
+    agree_on("the step of the newest checkpoint (0 for none)", checkpoints.latest_step() or 0,
+             "name a --workdir that all hosts see")
     frozen, resting = _placed(components, config, mesh)
     run = cls(plan, 0, [], False, resting, checkpoints, None, config.system)
     if checkpoints.latest_step() is not None:

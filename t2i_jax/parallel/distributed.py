@@ -27,6 +27,10 @@ _EXPLICIT = (
 # How long the other processes may take to start, in seconds.
 _PATIENCE = 300
 
+# Variable with the seconds after which a process that is silent is taken for dead, which ends the
+# others; jax's own default is 100.
+HEARTBEAT = "T2I_HEARTBEAT"
+
 
 def initialize() -> None:
   """Joins the processes of a run; call before anything touches a device.
@@ -49,8 +53,9 @@ def initialize() -> None:
     return
   if settings and settings.get("process_id"):
     _wait_for(settings["coordinator_address"], _PATIENCE)
+  settings = {**(settings or {}), **_heartbeat(os.environ)}
   try:
-    jax.distributed.initialize(**(settings or {}))
+    jax.distributed.initialize(**settings)
   except jax.errors.JaxRuntimeError as error:
     first = (str(error).splitlines() or [""])[0]
     raise UserError(
@@ -60,6 +65,15 @@ def initialize() -> None:
     # A TPU machine outside Google Cloud's fleet: jax finds no other workers.
     if not tpu:
       raise
+
+
+def _heartbeat(environ: Mapping[str, str]) -> dict[str, int]:
+  text = environ.get(HEARTBEAT)
+  if not text:
+    return {}
+  if not text.isdecimal() or int(text) < 1:
+    raise UserError(f"{HEARTBEAT} is '{text}'; set a whole number of seconds")
+  return {"heartbeat_timeout_seconds": int(text)}
 
 
 def _settings(environ: Mapping[str, str]) -> dict[str, Any] | None:
@@ -176,3 +190,18 @@ def agree_any(flag: bool) -> bool:
   if jax.process_count() == 1:
     return bool(flag)
   return bool(multihost_utils.process_allgather(np.asarray(flag, np.uint8)).any())
+
+
+def agree_on(what: str, value: int, cure: str) -> None:
+  """Raises UserError, with `cure`, unless `value` (below 2**31) is the same on all processes.
+
+  A collective on the devices, as `agree_any`.
+  """
+  if jax.process_count() == 1:
+    return
+  values = multihost_utils.process_allgather(np.asarray(value, np.int32)).tolist()
+  for process, other in enumerate(values):
+    if other != values[0]:
+      raise UserError(
+        f"{what} is {values[0]} on process 0 and {other} on process {process}; {cure}"
+      )

@@ -1,9 +1,27 @@
 """Stops a run cleanly when the machine is taken away or the user presses Ctrl-C."""
 
+import os
 import signal
+import sys
 import threading
 from types import FrameType
 from typing import Any
+
+from t2i_jax.errors import UserError
+
+# Variable with the exit status of a command that was stopped before its end; 0 where it is not set.
+# What starts a run again needs to know that it is not done.
+EXIT_STOPPED = "T2I_EXIT_STOPPED"
+
+
+def exit_stopped() -> None:
+  """Ends the command with the status that `EXIT_STOPPED` asks for, if any."""
+  text = os.environ.get(EXIT_STOPPED, "")
+  if not text:
+    return
+  if not text.isdecimal() or int(text) > 255:
+    raise UserError(f"{EXIT_STOPPED} is '{text}'; set an exit status, such as 75")
+  sys.exit(int(text))
 
 
 class StopSignal:

@@ -47,6 +47,12 @@ def test_explicit_settings(monkeypatch):
   assert _started(monkeypatch, {**settings, "SLURM_STEP_NUM_TASKS": "8"}) == expected
 
 
+def test_how_long_a_process_may_be_silent(monkeypatch):
+  assert _started(monkeypatch, {**_FULL, "T2I_HEARTBEAT": "20"})["heartbeat_timeout_seconds"] == 20
+  with pytest.raises(UserError, match="T2I_HEARTBEAT is '2 min'; set a whole number of seconds"):
+    _started(monkeypatch, {**_FULL, "T2I_HEARTBEAT": "2 min"})
+
+
 def test_clusters(monkeypatch):
   slurm = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "2"}
   detect = {"cluster_detection_method": "slurm"}
@@ -112,6 +118,7 @@ def test_helpers_on_one_process():
   assert distributed.broadcast_bytes(b"abc") == b"abc"
   assert distributed.agree_any(True) is True
   assert distributed.agree_any(False) is False
+  distributed.agree_on("the step", 3, "start again")
   with pytest.raises(ValueError, match="bytes"):
     distributed.broadcast_bytes(None)
 

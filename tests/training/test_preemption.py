@@ -6,7 +6,8 @@ import threading
 
 import pytest
 
-from t2i_jax.training.preemption import StopSignal
+from t2i_jax.errors import UserError
+from t2i_jax.training.preemption import StopSignal, exit_stopped
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -51,7 +52,8 @@ def test_off_the_main_thread_it_never_asks():
 
 _LOOP = """
 import time
-from t2i_jax.training.preemption import StopSignal
+from t2i_jax.errors import UserError
+from t2i_jax.training.preemption import StopSignal, exit_stopped
 with StopSignal() as stop:
   print("ready", flush=True)
   while not stop.requested():
@@ -66,3 +68,15 @@ def test_a_process_leaves_with_status_0():
   process.terminate()
   assert process.stdout.readline() == "saved\n"
   assert process.wait() == 0
+
+
+def test_what_started_a_run_may_ask_how_it_ended(monkeypatch):
+  monkeypatch.delenv("T2I_EXIT_STOPPED", raising=False)
+  exit_stopped()
+  monkeypatch.setenv("T2I_EXIT_STOPPED", "75")
+  with pytest.raises(SystemExit) as exit:
+    exit_stopped()
+  assert exit.value.code == 75
+  monkeypatch.setenv("T2I_EXIT_STOPPED", "again")
+  with pytest.raises(UserError, match="T2I_EXIT_STOPPED is 'again'; set an exit status"):
+    exit_stopped()
