@@ -24,7 +24,7 @@ what, at, me = sys.argv[1], int(sys.argv[2]), os.environ["T2I_PROCESS_ID"]
 class Progress(main.Progress):
   def update(self, done, loss=None):
     super().update(done, loss)
-    if done != at or me != "1":
+    if done != at or me != "1" or what == "nan":
       return
     print(f"struck at {time.time()}", file=sys.stderr, flush=True)
     if what == "term":
@@ -121,12 +121,12 @@ def test_a_run_survives_what_happens_to_one_of_its_processes(tmp_path):
   assert "Traceback" not in errors[0] + errors[1]
   assert seconds < 60
 
-  # It hangs.
+  # It hangs: whichever sees it first tells the other.
   last = saved_steps(tmp_path / "run")[-1]
-  statuses, errors, seconds = run_two(tmp_path, "hang", last + 2, "--patience=0.2")
+  statuses, errors, seconds = run_two(tmp_path, "hang", last + 2, "--patience=2")
   assert statuses == [TRY_AGAIN, TRY_AGAIN], errors
-  assert f"nothing has moved for 0.2 minutes since step {last + 3}" in errors[1]
-  assert seconds < 60
+  assert "nothing has moved for 2 minutes since step" in errors[0] + errors[1]
+  assert seconds < 180
 
   # And so it ends as one to which nothing happened.
   statuses, errors, _ = run_two(tmp_path, "nothing")
