@@ -69,7 +69,7 @@ def _plan(flags, settings: Sequence[str]) -> None:
 
   def measured(config) -> report.Report:
     parts = report.build(config, names, flags.encode)
-    print("compiling; some minutes for large networks", flush=True)
+    print("compiling; minutes, and much longer for large U-Nets", flush=True)
     return report.measure(config, mesh, chip, parts)
 
   if flags.search:

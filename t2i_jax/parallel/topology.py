@@ -53,7 +53,12 @@ def slice_mesh(topology: str, sizes: Mapping[str, int], slices: int = 1) -> Mesh
     why = str(error).strip().splitlines()[0]
     raise UserError(f"cannot compile for {topology} ({why}); install the compiler with "
                     "pip install 'jax[tpu]', or give a shape that exists") from error
-  return make_mesh(sizes, list(found.devices))
+  try:
+    return make_mesh(sizes, list(found.devices))
+  except AssertionError as error:
+    # jax lists some v4 shapes as one device a core, and then places none of them.
+    raise UserError(f"jax {jax.__version__} places no mesh on {topology} (it lists "
+                    f"{len(found.devices)} devices); give another shape or generation") from error
 
 
 def bytes_a_chip(compiled: jax.stages.Compiled) -> dict[str, int]:
