@@ -6,13 +6,18 @@ from t2i_jax.weights.stored import Stored
 
 
 def randomised(model, seed=0):
-  """The model with He-normal matrices and noise on all else, so that every parameter matters."""
+  """The model with He-normal matrices and noise on all else, so that every parameter matters.
+
+  Nothing of the model's own initialization is left, which no seed here rules.
+  """
   generator = torch.Generator().manual_seed(seed)
   with torch.no_grad():
-    for value in model.parameters():
-      fan_in = value[0].numel() if value.ndim > 1 else 0
+    for name, value in model.named_parameters():
       noise = torch.randn(value.shape, generator=generator)
-      value.copy_(noise * (2 / fan_in) ** 0.5 if fan_in else value + 0.2 * noise)
+      if value.ndim > 1:
+        value.copy_(noise * (2 / value[0].numel()) ** 0.5)
+      else:
+        value.copy_(0.2 * noise + (0 if name.endswith("bias") else 1))
   return model.eval()
 
 

@@ -21,7 +21,10 @@ def timestep_embedding(
   """
   half = width // 2
   last = half - 1 if sine_first else half
-  frequencies = jnp.exp(-math.log(max_period) * jnp.arange(half, dtype=jnp.float32) / last)
+  # Exponents are rounded to float32 and nothing else is, as in the networks that are
+  # loaded: at t = 1000 one place more or less in a frequency is 1e-4 of a radian.
+  exponents = np.float32(-math.log(max_period)) * np.arange(half, dtype=np.float32)
+  frequencies = np.exp((exponents / np.float32(last)).astype(np.float64)).astype(np.float32)
   angles = t.astype(jnp.float32)[:, None] * frequencies
   waves = [jnp.cos(angles), jnp.sin(angles)]
   embedding = jnp.concatenate(waves[::-1] if sine_first else waves, axis=-1)
