@@ -411,12 +411,13 @@ def check_workdir(workdir: epath.Path, config: ConfigDict) -> None:
     )
 
 
-def check_shared(workdir: epath.Path, seconds: float = 10.0) -> None:
+def check_shared(workdir: epath.Path, seconds: float = 10.0, flag: str = "--workdir") -> None:
   """Raises UserError unless all hosts see the same work directory.
 
   Args:
     workdir: of the run. A store such as `gs://` is one for all.
     seconds: that a file may take to be seen by the others.
+    flag: that names it.
   """
   if jax.process_count() == 1 or "://" in os.fspath(workdir):
     return
@@ -432,18 +433,18 @@ def check_shared(workdir: epath.Path, seconds: float = 10.0) -> None:
   if is_primary():
     path.unlink()
   if blind:
-    raise UserError(f"--workdir={workdir} is not the same folder on all hosts; name one on a file "
+    raise UserError(f"{flag}={workdir} is not the same folder on all hosts; name one on a file "
                     "system that they share, or gs://BUCKET/FOLDER")
 
 
 @contextlib.contextmanager
-def locked(workdir: epath.Path) -> Iterator[None]:
-  """Keeps other processes from training in a work directory; the lock ends with the process.
+def locked(workdir: epath.Path, flag: str = "--workdir") -> Iterator[None]:
+  """Keeps other processes from writing to a work directory; the lock ends with the process.
 
   Stores such as `gs://` have no locks.
 
   Raises:
-    UserError: when another process trains there.
+    UserError: when another process does.
   """
   if not is_primary() or "://" in os.fspath(workdir):
     yield
@@ -452,8 +453,9 @@ def locked(workdir: epath.Path) -> Iterator[None]:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-      raise UserError(f"another process is training in --workdir={workdir}; wait for it, stop it, "
-                      "or choose another --workdir") from error
+      doing = "training in" if flag == "--workdir" else "writing to"
+      raise UserError(f"another process is {doing} {flag}={workdir}; wait for it, stop it, or "
+                      f"choose another {flag}") from error
     yield
 
 

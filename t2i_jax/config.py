@@ -27,6 +27,7 @@ DURATIONS = (
   "log.every",
   "sample.every",
   "evaluate.every",
+  "evaluate.metrics_every",
 )
 # Numbers that are not any number: key, lowest, highest.
 RANGES = (
@@ -42,6 +43,8 @@ RANGES = (
   ("evaluate.batches", 1, math.inf),
   ("evaluate.pictures", 0, math.inf),
 )
+# Sections of paths by names that are the user's.
+PATHS = ("components", "evaluate.networks")
 UNITS = ("steps", "epochs", "examples", "%")
 MULTIPLES = {"k": 1e3, "M": 1e6, "B": 1e9}
 
@@ -93,9 +96,16 @@ def shared_sections() -> ConfigDict:
       "log": {"every": "10 steps"},
       # Pictures drawn during training, always from the same seed and prompts.
       "sample": {"every": "25%", "count": 16, "seed": 0, "prompts": (), "options": {}},
-      # Held-out loss during training (0 for none), and pictures drawn at the end to be judged
-      # by the data set's verifier, if it has one; on these splits, or all held-out ones.
-      "evaluate": {"every": "0 steps", "batches": 8, "pictures": 0, "splits": ()},
+      # Held-out loss during training (0 for none), on these splits, or all held-out ones.
+      "evaluate": {
+        "every": "0 steps",
+        "batches": 8,
+        "splits": (),
+        "pictures": 0,  # Drawn at the end to be judged by the data set's verifier, if it has one.
+        "metrics": (),  # Of the same pictures; names of `evaluate --list-metrics`.
+        "metrics_every": "0 steps",  # These and the verifier's score; 0 for at the end only.
+        "networks": {},  # Of the metrics: {"inception": FILE, "feature-net": EXPORT, ...}.
+      },
       # Exports that the system is built on: {"first_stage": PATH, ...}.
       "components": {},
       # Where parameters start: another run's checkpoint, or an export to fine-tune.
@@ -195,7 +205,7 @@ def override(config: ConfigDict, key: str, text: str, free: Sequence[str] = ()) 
   flat = flatten(config)
   if key not in flat and not _is_section(config, key):
     section = key.rpartition(".")[0]
-    if section == "components" or section.startswith("players.") or section in free:
+    if section in PATHS or section.startswith("players.") or section in free:
       with config.unlocked():
         _set_free(config, key, text)
       return
@@ -240,8 +250,11 @@ def _set_free(config: ConfigDict, key: str, text: str) -> None:
     if parents[1] not in config.players:
       config.players[parents[1]] = ConfigDict()
     config.players[parents[1]][last] = _parsed(key, text, config.optimizer[last])
-  elif parents[0] == "components":
-    config.components[last] = text
+  elif ".".join(parents) in PATHS:
+    section = config
+    for parent in parents:
+      section = section[parent]
+    section[last] = text
   else:
     config[parents[0]][parents[1]][last] = _literal(text)
 

@@ -16,7 +16,7 @@ from t2i_jax import config as configs
 from t2i_jax.data.loader import Loader
 from t2i_jax.data.prefetch import Prefetcher
 from t2i_jax.errors import UserError
-from t2i_jax.evaluate import check_judged, score, table
+from t2i_jax.evaluation.training import MeasurePictures, RunScores, lines
 from t2i_jax.hooks import DrawReconstructions, DrawSamples, HeldOutLoss, default_prompts
 from t2i_jax.parallel.distributed import agree_any, agree_on, is_primary
 from t2i_jax.parallel.flops import peak_flops
@@ -162,7 +162,7 @@ def _train(
       pipeline = None
       if isinstance(system, base.Sampler):
         pipeline = Pipeline(system, tokenizers, mesh, config=config, resting=run.resting)
-      hooks = _hooks(
+      hooks, scores = _hooks(
         config, system, source, latents, read_text, pipeline, mesh, workdir, writers, run, steps_of
       )
       flops = 0.0
@@ -189,10 +189,8 @@ def _train(
       if step >= total:
         variables = held_variables(system, state, ema=True)
         _export(config, workdir, base.merge(variables, run.resting), step, tokenizers, components)
-        if _is_scored(config, system):
-          _score(config, workdir, Pipeline(
-            system, tokenizers, mesh, variables, config, step, resting=run.resting
-          ))
+        if scores is not None:
+          _score(workdir, scores, step, variables)
       return state, step >= total
     except BaseException as error:
       watchdog.failed(error)  # the checkpoints may wait for processes that wait for this one
@@ -257,8 +255,11 @@ def _durations(config: ConfigDict, epoch_size: int | None):
 
 def _hooks(
   config, system, source, latents, read_text, pipeline, mesh, workdir, writers, run: Run, steps_of
-) -> list[loop.Hook]:
-  """What the run does beside stepping; what is wrong with it is found now, not hours later."""
+) -> tuple[list[loop.Hook], RunScores | None]:
+  """What the run does beside stepping, and what measures its pictures, if anything.
+
+  What is wrong with it is found now, not hours later.
+  """
   hooks: list[loop.Hook] = []
   every = steps_of(config.evaluate.every, "evaluate.every")
   if every:
@@ -276,12 +277,15 @@ def _hooks(
         system, _held_out(config, source, system, decoded=True), mesh, config.sample.count, every,
         workdir, writers,
       ))
-    return hooks
+    _is_scored(config, system)
+    return hooks, None
   options = config.sample.options.to_dict()
-  if _is_scored(config, system):
-    check_judged(config, system, config.evaluate.pictures)
   if every or _is_scored(config, system):
     pipeline.check(run.plan.abstract_state.variables(ema=True), **options)
+  scores = RunScores(config, pipeline, mesh, workdir) if _is_scored(config, system) else None
+  measured = steps_of(config.evaluate.metrics_every, "evaluate.metrics_every")
+  if scores is not None and measured:
+    hooks.append(MeasurePictures(scores, measured, writers))
   if every:
     prompts = list(config.sample.prompts) or default_prompts(
       _held_out(config, source, system, decoded=False), config.sample.count
@@ -292,7 +296,7 @@ def _hooks(
     hooks.append(DrawSamples(
       pipeline, prompts, every, config.sample.seed, options, workdir, writers
     ))
-  return hooks
+  return hooks, scores
 
 
 def _held_out(config, source, system, decoded: bool):
@@ -344,26 +348,28 @@ def _export(config, workdir, variables, step, tokenizers, components) -> None:
 
 
 def _is_scored(config, system) -> bool:
-  """Whether pictures are judged at the end: the config asks for it, and there is who can."""
+  """Whether pictures are measured: the config asks for it, and something can be."""
+  if config.evaluate.metrics:
+    base.require(system, base.Sampler, "evaluate.metrics")
+    if not config.evaluate.pictures:
+      raise UserError("evaluate.metrics are of evaluate.pictures pictures, and that is 0; set it")
+    return True
   judged = data.verifier(config.data.name) is not None and isinstance(system, base.Sampler)
   return config.evaluate.pictures > 0 and judged
 
 
-def _score(config, workdir, pipeline: Pipeline) -> None:
-  """Draws held-out captions and prints what the data set's verifier says of the pictures."""
-  scores = {}
-  for split in assembly.held_out_splits(config):
-    started = time.monotonic()
-    scores[split] = score(
-      pipeline, split, config.evaluate.pictures, config.sample.seed,
-      config.sample.options.to_dict(), output=str(workdir / "scores") if is_primary() else "",
-    )
-    _say(table(split, scores[split]))
-    _say(f"drawn and scored in {time.monotonic() - started:.1f} s")
+def _score(workdir, scores: RunScores, step: int, variables) -> None:
+  """Measures pictures of held-out captions, prints the scores, and adds them to the export."""
+  started = time.monotonic()
+  found = scores.measure(step, variables, grids=True)
+  tables = [lines(split, of_split) for split, of_split in found.items()]
+  for text in tables:
+    _say(text)
+  _say(f"drawn and scored in {time.monotonic() - started:.1f} s")
   if is_primary():
-    (workdir / "scores" / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
-    tables = "\n\n".join(table(split, result) for split, result in scores.items())
-    notes = f"Judged by the data set's verifier:\n\n```\n{tables}\n```"
+    (workdir / "scores").mkdir(exist_ok=True)
+    (workdir / "scores" / "scores.json").write_text(json.dumps(found, indent=2) + "\n")
+    notes = "Of pictures drawn at the end of training:\n\n```\n" + "\n\n".join(tables) + "\n```"
     export.add_to_card(workdir / "export", notes)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from t2i_jax import command
 from t2i_jax.errors import UserError
+from t2i_jax.prompts import read_prompts
 
 GRID = 256  # pictures that the grid has at most
 COMMON = ("guidance", "steps", "solver")
@@ -34,7 +35,9 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument("--offload-text", action="store_true",
                       help="keep a frozen text encoder off the devices while pictures are drawn")
   parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be repeated")
-  parser.add_argument("--prompts", metavar="FILE", help="a text file with a prompt on each line")
+  parser.add_argument("--prompts", metavar="FILE",
+                      help="a text file with a prompt on each line, or a .tsv or .jsonl file with "
+                      "a column of prompts, such as PartiPrompts' or GenEval's")
   parser.add_argument("--negative", default="", metavar="PROMPT",
                       help="what guidance is to lead away from, in place of the empty text")
   parser.add_argument("--image", metavar="FILE",
@@ -47,9 +50,13 @@ def main(argv: list[str] | None = None) -> None:
   command.run(parser, argv, _sample)
 
 
-def add_export_flags(parser) -> None:
-  """Flags of every command that draws from an export."""
-  parser.add_argument("--export", required=True, help="the export's folder")
+def add_export_flags(parser, several: bool = False) -> None:
+  """Flags of every command that draws from an export, or from `several`."""
+  if several:
+    parser.add_argument("--export", action="append", required=True, metavar="[NAME=]DIR",
+                        help="an export's folder; repeated, to compare several")
+  else:
+    parser.add_argument("--export", required=True, help="the export's folder")
   parser.add_argument("--guide", default="", metavar="EXPORT",
                       help="another export, which steers the sampler: a noisy classifier, or "
                       "semantic guidance")
@@ -61,8 +68,8 @@ def add_export_flags(parser) -> None:
                       help="another option of the system's sampler; may be repeated")
 
 
-def sampling_options(flags, pipeline) -> dict[str, object]:
-  """The sampler's options from the run's config, with those that the flags give.
+def sampling_options(flags, config, system) -> dict[str, object]:
+  """The sampler's options from an export's config, with those that the flags give.
 
   Raises:
     UserError: for an option that the system does not have, or a value of
@@ -73,15 +80,15 @@ def sampling_options(flags, pipeline) -> dict[str, object]:
   from t2i_jax import config as configs
   from t2i_jax.errors import unknown
 
-  options = pipeline.config.sample.options.to_dict()
+  options = config.sample.options.to_dict()
   given = [f"{name}={getattr(flags, name)}" for name in COMMON if getattr(flags, name) is not None]
-  defaults = {f.name: f.default for f in dataclasses.fields(pipeline.system.Options)}
+  defaults = {f.name: f.default for f in dataclasses.fields(system.Options)}
   for text in given + flags.option:
     name, equals, value = text.partition("=")
     if not equals:
       raise UserError(f"--option={text} is not NAME=VALUE")
     if name not in defaults:
-      raise unknown(f"sampling option of {pipeline.config.system}", name, defaults)
+      raise unknown(f"sampling option of {config.system}", name, defaults)
     options[name] = configs.typed(f"sampling option {name}", value, defaults[name])
   return options
 
@@ -99,7 +106,7 @@ def _sample(flags) -> None:
   pipeline = Pipeline.load(
     flags.export, offload_text=flags.offload_text, guide=flags.guide
   )
-  options = sampling_options(flags, pipeline)
+  options = sampling_options(flags, pipeline.config, pipeline.system)
   image, known = _beginning(flags, pipeline.system, options)
   for line in pipeline.truncated(prompts):
     print(f"warning: {line}", file=sys.stderr)
@@ -149,15 +156,7 @@ def _beginning(flags, system, options) -> tuple[np.ndarray | None, np.ndarray | 
 def _prompts(flags) -> list[str]:
   prompts = list(flags.prompt)
   if flags.prompts:
-    try:
-      lines = Path(flags.prompts).read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-      raise UserError(f"--prompts={flags.prompts} cannot be read: {error.strerror}; give a text "
-                      "file with a prompt on each line") from error
-    except UnicodeDecodeError as error:
-      raise UserError(f"--prompts={flags.prompts} is not UTF-8 text ({error.reason} at byte "
-                      f"{error.start}); save it as UTF-8") from error
-    prompts += [line.strip() for line in lines if line.strip()]
+    prompts += [prompt.text for prompt in read_prompts(flags.prompts)]
   if not prompts:
     raise UserError("no prompts: give --prompt='...' or --prompts=FILE with a prompt on each line")
   for prompt in prompts:

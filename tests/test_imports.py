@@ -25,9 +25,10 @@ LAYERS = (
   ("text", "diffusion", "metrics", "data"),
   ("systems", "weights"),
   ("training",),
-  ("recipe", "assembly", "guiding", "caches", "export", "restore", "pipeline", "hooks", "command"),
-  ("main", "sample", "evaluate", "convert", "conversion", "precompute", "precompute_text",
-   "precompute_latents", "plan", "planning", "adapters", "data.prepare"),
+  ("recipe", "assembly", "guiding", "caches", "export", "restore", "pipeline", "hooks", "command",
+   "prompts"),
+  ("main", "sample", "evaluate", "evaluation", "convert", "conversion", "precompute",
+   "precompute_text", "precompute_latents", "plan", "planning", "adapters", "data.prepare"),
 )
 # What a folder must not know, beyond its layer.
 APART = {

@@ -1,0 +1,136 @@
+"""Which prompts are drawn: a split's captions, or those of a file."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from t2i_jax import assembly, data
+from t2i_jax.data.base import Source, digest_of
+from t2i_jax.data.loader import fetch_rows
+from t2i_jax.errors import UserError
+from t2i_jax.prompts import Prompt, read_prompts
+
+PICTURES = 256  # of a split, by default
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptSet:
+  """Prompts, and how often each is drawn.
+
+  Attributes:
+    name: of the split, or of the file without its ending.
+    prompts: in the order in which they are drawn; picture i is of prompt i // each.
+    each: pictures of a prompt.
+    split: the data set's split that they are captions of, or "".
+  """
+
+  name: str
+  prompts: tuple[Prompt, ...]
+  each: int
+  split: str = ""
+
+  @property
+  def total(self) -> int:
+    """Pictures."""
+    return len(self.prompts) * self.each
+
+  @property
+  def captions(self) -> list[str]:
+    """Of every picture."""
+    return [prompt.text for prompt in self.prompts for _ in range(self.each)]
+
+  @property
+  def digest(self) -> str:
+    return digest_of(self.each, *(prompt.text for prompt in self.prompts))
+
+  def groups(self) -> dict[str, dict[str, np.ndarray]]:
+    """Of each column that is a category: indices of the pictures by its values.
+
+    A category has texts for values, two at least and fewer than a fourth of the prompts.
+    """
+    found: dict[str, dict[str, np.ndarray]] = {}
+    names = dict.fromkeys(name for prompt in self.prompts for name in prompt.about)
+    for name in names:
+      values = [prompt.about.get(name) for prompt in self.prompts]
+      if not all(isinstance(value, str) and value for value in values):
+        continue
+      if not 1 < len(set(values)) < len(values) / 4:
+        continue
+      rows = np.repeat(np.array(values), self.each)
+      found[name] = {value: np.flatnonzero(rows == value) for value in dict.fromkeys(values)}
+    return found
+
+
+def of_split(source: Source, split: str, pictures: int, each: int) -> PromptSet:
+  """The first captions of a split; past its end the same rows again, with their next captions."""
+  count = _prompts_of(pictures, each)
+  rows = source.describe(np.arange(count) % len(source), np.arange(count, dtype=np.uint64))
+  return PromptSet(split, tuple(map(Prompt, rows.captions)), each, split)
+
+
+def of_file(path: str, pictures: int | None, each: int) -> PromptSet:
+  """A file's prompts, all of them unless fewer `pictures` are asked for.
+
+  Raises:
+    UserError: it cannot be read, or holds fewer.
+  """
+  prompts = read_prompts(path)
+  count = len(prompts) if pictures is None else _prompts_of(pictures, each)
+  if count > len(prompts):
+    raise UserError(f"--pictures={pictures} asks for {count} prompts, and --prompts={path} holds "
+                    f"{len(prompts)}; draw fewer, or several of each with --each")
+  name = path.replace("\\", "/").rsplit("/", 1)[-1].rsplit(".", 1)[0]
+  return PromptSet(name or "prompts", tuple(prompts[:count]), each)
+
+
+def _prompts_of(pictures: int, each: int) -> int:
+  if pictures % each:
+    raise UserError(f"--pictures={pictures} does not divide by --each={each}; draw a multiple")
+  return pictures // each
+
+
+def real_pictures(source: Source, count: int, batch_size: int) -> Iterator[np.ndarray]:
+  """The first pictures of a split, in the order of its captions, uint8 [n, R, R, 3] each."""
+  for start in range(0, count, batch_size):
+    rows = np.arange(start, min(start + batch_size, count))
+    yield fetch_rows(source, rows % len(source), rows.astype(np.uint64))[1].image
+
+
+class Sources:
+  """The splits of a data set, opened once for a resolution."""
+
+  def __init__(self, config: Any):
+    self.config = config
+    self._open: dict[tuple[str, int], Source] = {}
+
+  def of(self, split: str, resolution: int) -> Source:
+    check_splits(self.config.data.name, [split])
+    key = (split, resolution)
+    if key not in self._open:
+      self._open[key] = assembly.open_data(self.config, split, resolution)
+    return self._open[key]
+
+
+def check_splits(name: str, splits: list[str] | tuple[str, ...]) -> None:
+  """Raises UserError for a split that a data set does not have."""
+  from t2i_jax.errors import unknown
+
+  for split in splits:
+    if split not in data.splits(name):
+      raise unknown("split", split, data.splits(name))
+
+
+def set_data_options(config: Any, pairs: list[str]) -> None:
+  """Sets options of the config's data set from texts "NAME=VALUE"; UserError for a bad one."""
+  from t2i_jax import config as configs
+  from t2i_jax.errors import unknown
+
+  defaults = data.default_options(config.data.name)
+  with config.unlocked():
+    for text in pairs:
+      name, equals, value = text.partition("=")
+      if not equals or name not in defaults:
+        raise unknown(f"option of data set '{config.data.name}'", name, defaults)
+      config.data.options[name] = configs.typed(f"data option {name}", value, defaults[name])

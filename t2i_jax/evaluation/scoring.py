@@ -1,0 +1,149 @@
+"""Scores of what was drawn, each with all that it depends on."""
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from t2i_jax.data.base import digest_of
+from t2i_jax.errors import UserError, unknown
+from t2i_jax.evaluation import verifier
+from t2i_jax.evaluation.drawing import PICTURES, Progress, Stopped
+from t2i_jax.evaluation.folder import Shards
+from t2i_jax.evaluation.prompt_sets import PromptSet
+from t2i_jax.metrics.reference import Reference
+from t2i_jax.metrics.registry import METRICS, Networks, make
+from t2i_jax.metrics.scores import Result
+from t2i_jax.parallel.distributed import agree_any, broadcast_bytes, is_primary
+
+SAVE_SECONDS = 30.0  # between two savings of what is kept of the pictures
+LOSS, VERIFIER = "loss", "verifier"
+OWN = {
+  LOSS: "the system's loss on the split",
+  VERIFIER: "share of pictures that the data set's verifier finds right",
+}
+
+
+def listing() -> str:
+  """All metrics, and the networks that they need, as a text."""
+  lines = ["metrics:"]
+  for name, line in OWN.items():
+    lines.append(f"  {name:28} {line}")
+  for name, entry in METRICS.items():
+    network = f" [--network={entry.network}=FILE]" if entry.network else ""
+    lines.append(f"  {name:28} {entry.line}{network}")
+  return "\n".join(lines)
+
+
+def check_names(names: Sequence[str], each: int) -> None:
+  """Raises UserError for a metric that does not exist, or that drawn pictures cannot have."""
+  for name in names:
+    if name not in OWN and name not in METRICS:
+      raise unknown("metric", name, [*OWN, *METRICS])
+    needs = METRICS[name].needs if name in METRICS else ()
+    if "originals" in needs or "codes" in needs:
+      raise UserError(f"{name} compares a picture with what it was made of, and drawn pictures "
+                      "were made of text; choose another metric")
+    if "repeats" in needs and each < 2:
+      raise UserError(f"{name} compares pictures of the same prompt; draw several with --each=2 or "
+                      "more")
+
+
+def measured(
+  names: Sequence[str], prompts: PromptSet, shards: Shards, networks: Networks,
+  references: Mapping[str, Reference], seed: int, stop: Callable[[], bool], progress: Progress,
+) -> tuple[dict[str, Result], dict[str, np.ndarray]]:
+  """What the metrics of `METRICS` say of drawn pictures.
+
+  Pictures are measured in their order, and what is kept of them is stored every so often and read
+  back exactly, so that an interrupted command's numbers are those of one that was not.
+
+  Returns:
+    The results by name, and the values by picture [n] of those that have some.
+
+  Raises:
+    UserError: a network or reference is missing or another one, or there are too few pictures.
+    Stopped: `stop` said so.
+  """
+  if not names:
+    return {}, {}
+  scores = make(names, networks, references, seed)
+  key = digest_of(json.dumps(scores.identity, sort_keys=True))[:12]
+  path = shards.folder / f"state_{key}.npz"
+  if broadcast_bytes(b"1" if path.exists() else b"0") == b"1":
+    scores.restore(path)
+  captions = prompts.captions
+  progress.begin(shards.total, scores.n)
+  saved = time.monotonic()
+  for shard in range(len(shards)):
+    rows = shards.rows(shard)
+    if rows.start < scores.n:
+      continue  # a state is always of whole shards
+    images = shards.read(PICTURES, shard)["images"]
+    scores.update(images, index=np.array(rows), captions=captions[rows.start : rows.stop])
+    progress.add(len(rows))
+    stopping = agree_any(stop())
+    last = rows.stop == shards.total
+    if is_primary() and (stopping or last or time.monotonic() - saved > SAVE_SECONDS):
+      scores.save(path)
+      saved = time.monotonic()
+    if stopping and not last:
+      raise Stopped
+  progress.end()
+  return scores.results(), scores.values()
+
+
+def as_json(result: Result) -> dict[str, Any]:
+  """A result for `scores.json`."""
+  described = result.described()
+  return {
+    "value": described["value"], "n": result.n, "deviation": described.get("deviation"),
+    "better": result.better, "about": dict(result.about), "remarks": list(result.remarks),
+    "line": result.line(),
+  }
+
+
+def judged(config: Any, prompts: PromptSet, shards: Shards) -> tuple[dict[str, Any], np.ndarray]:
+  """The verifier's score as JSON, and whether each picture is right [n].
+
+  Args:
+    config: whose data set judges.
+    prompts, shards: of the pictures.
+  """
+  found = verifier.judge(config, shards.pictures(), prompts.captions)
+  value, name = found["right"]["all"], config.data.name
+  about = {"data_set": name, "right": found["right"], "shuffled": found["shuffled"]}
+  line = (f"{VERIFIER} {value:.1%} ({shards.total} pictures right in everything by the verifier of "
+          f"{name}; {found['shuffled']['all']:.1%} with the captions shuffled)")
+  return {**_plain(value, shards.total, "higher", line), "about": about}, found["each"]["all"]
+
+
+def loss_results(losses: Mapping[str, float], split: str) -> dict[str, dict[str, Any]]:
+  """Held-out losses by name as JSON."""
+  return {
+    f"loss/{name}": _plain(
+      value, None, "", f"loss/{name} {value:.5g} (held-out pictures of {split}, the same rows, "
+      "noise and times each time)",
+    )
+    for name, value in losses.items()
+  }
+
+
+def _plain(value: float, n: int | None, better: str, line: str) -> dict[str, Any]:
+  return {"value": value, "n": n, "deviation": None, "better": better, "about": {}, "remarks": [],
+          "line": line}
+
+
+def by_category(
+  prompts: PromptSet, values: dict[str, np.ndarray]
+) -> dict[str, dict[str, dict[str, float]]]:
+  """Means of values by picture over the categories of a file's prompts: {column: {value: ...}}."""
+  return {
+    column: {
+      value: {"n": len(rows)} | {name: float(np.mean(v[rows])) for name, v in values.items()}
+      for value, rows in groups.items()
+    }
+    for column, groups in prompts.groups().items()
+  } if values else {}
