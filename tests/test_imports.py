@@ -26,8 +26,8 @@ LAYERS = (
   ("systems", "weights"),
   ("training",),
   ("recipe", "assembly", "guiding", "caches", "export", "restore", "pipeline", "hooks", "command"),
-  ("main", "sample", "evaluate", "convert", "conversion", "precompute", "precompute_text",
-   "precompute_latents", "plan", "planning", "adapters", "data.prepare"),
+  ("main", "sample", "evaluate", "feature_networks", "convert", "conversion", "precompute",
+   "precompute_text", "precompute_latents", "plan", "planning", "adapters", "data.prepare"),
 )
 # What a folder must not know, beyond its layer.
 APART = {
