@@ -51,6 +51,7 @@ def row(
     "set": prompts.name,
     "swept": point.swept,
     "options": point.options,
+    "told": point.told,
     "seed": seed,
     "pictures": prompts.total,
     "captions": len({prompt.text for prompt in prompts.prompts}),

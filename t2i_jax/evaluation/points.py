@@ -16,6 +16,7 @@ from t2i_jax import assembly, export, guiding
 from t2i_jax import config as configs
 from t2i_jax.errors import UserError, unknown
 from t2i_jax.pipeline import Pipeline
+from t2i_jax.sample import COMMON
 from t2i_jax.systems import base
 from t2i_jax.systems.base import System
 
@@ -61,6 +62,13 @@ class Point:
   model: Model
   swept: dict[str, Any]
   options: dict[str, Any]
+
+  @property
+  def told(self) -> dict[str, Any]:
+    """The options that are always said, and those that are not the system's defaults."""
+    defaults = {f.name: f.default for f in dataclasses.fields(self.model.system.Options)}
+    return {name: value for name, value in self.options.items()
+            if name in COMMON or value != defaults[name] or len(defaults) <= len(COMMON)}
 
   @property
   def label(self) -> str:

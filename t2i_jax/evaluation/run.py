@@ -53,9 +53,7 @@ def evaluate(flags: Any) -> None:
   models = points.read_models(flags.export, flags.guide)
   config = models[0].config  # whose data set all exports are asked about
   prompt_sets.set_data_options(config, flags.data_option)
-  networks = Networks(
-    _named_paths(flags.network), mesh, -(-flags.batch_size // shards) * shards, flags.resize
-  )
+  networks = Networks(_named_paths(flags.network), mesh, flags.batch_size, flags.resize)
   sources = prompt_sets.Sources(config)
   sets = _prompt_sets(flags, config, models[0], sources)
   metrics = flags.metric or _possible(flags, config, models)
@@ -74,7 +72,7 @@ def evaluate(flags: Any) -> None:
   with _folder(flags, at, sets, shards) as (path, kept):
     compared = references.References(
       flags.reference, flags.reference_pictures or max(s.total for s in sets), networks,
-      networks.batch_size, path,
+      flags.batch_size, path,
     )
     by_point = {
       (model.name, prompts.name): compared.of(

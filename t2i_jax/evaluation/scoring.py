@@ -92,7 +92,7 @@ def measured(
     if stopping and not last:
       raise Stopped
   progress.end()
-  return scores.results(), scores.values()
+  return scores.results(), getattr(scores, "values", dict)()
 
 
 def as_json(result: Result) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def as_json(result: Result) -> dict[str, Any]:
   described = result.described()
   return {
     "value": described["value"], "n": result.n, "deviation": described.get("deviation"),
-    "better": result.better, "about": dict(result.about), "remarks": list(result.remarks),
+    "better": getattr(result, "better", ""), "about": dict(result.about), "remarks": list(result.remarks),
     "line": result.line(),
   }
 

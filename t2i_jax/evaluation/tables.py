@@ -105,8 +105,8 @@ def notes(rows: Sequence[Row]) -> list[str]:
                f"({first['set']}), seed {first['seed']}")
   for model in {row["export"]["name"]: row["export"] for row in rows}.values():
     own = [row for row in rows if row["export"]["name"] == model["name"]]
-    kept = {k: v for k, v in own[0]["options"].items() if k not in own[0]["swept"]}
-    options = ", ".join(f"{k}={v}" for k, v in kept.items()) or "none"
+    kept = {k: v for k, v in own[0]["told"].items() if k not in own[0]["swept"]}
+    options = ", ".join(f"{k}={v}" for k, v in kept.items()) or "none but the system's own"
     weights = "moving average" if model["ema"] else "weights of the last step"
     lines.append(f"{model['name']}: {model['system']}, step {model['step']}, {weights}, "
                  f"{model['resolution']} px, hash {model['hash'][:12]}, "
