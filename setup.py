@@ -51,7 +51,7 @@ setup(
     "cuda": ["jax[cuda12]>=0.10.2,<0.12"],
     "gcs": ["gcsfs>=2025.9,<2027"],  # work directories on gs://
     "test": TEST,
-    "plots": ["matplotlib>=3.11,<3.12"],  # of benchmarks/curve.py
+    "plots": ["matplotlib>=3.11,<3.12"],  # of evaluate, and of benchmarks/curve.py
     "parity": ["torch>=2.13,<2.16", "diffusers>=0.39,<0.43"],
   },
 )

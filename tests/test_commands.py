@@ -103,7 +103,7 @@ def test_there_are_commands():
   (sample, ["--export=nowhere", "--prompt=a"], "no export at 'nowhere': it has no config.json"),
   (sample, ["--export=x", "--prompt=\udcff"], "is not UTF-8 text; check the terminal's encoding"),
   (evaluate, ["--export=nowhere"], "no export at 'nowhere': it has no config.json"),
-  (evaluate, ["--export=x", "--measure=scores"], "unknown measure 'scores'; did you mean 'score'?"),
+  (evaluate, ["--export=x", "--metric=verifer"], "unknown metric 'verifer'; did you mean 'veri"),
   (evaluate, ["--export=x", "--pictures=1"], "--pictures=1: use 2 or more"),
   (export, ["--workdir=nowhere", "--output=there"], "no run in 'nowhere': it has no config.json"),
 ])
@@ -455,16 +455,16 @@ def test_a_full_disk_leaves_the_old_export_whole(run, exported, fails, monkeypat
 
 
 def test_evaluate(run, fails, tmp_path, capfd):
-  flags = [f"--export={run / 'export'}", "--measure=loss"]
+  flags = [f"--export={run / 'export'}", "--metric=loss"]
   message = fails(evaluate, *flags, "--split=heldout")
   assert "unknown split 'heldout'; did you mean" in message
   message = fails(evaluate, *flags, "--data-option=level=two")
   assert "unknown option of data set 'scenes' 'level'; did you mean 'levels'?" in message
   evaluate.main([*flags, "--split=held_out_pairs", f"--output={tmp_path}"])
-  scores = json.loads((tmp_path / "scores.json").read_text())
-  loss = scores["splits"]["held_out_pairs"]["loss"]
-  assert scores["step"] == 2 and 0 < loss["held_out_pairs/error"] < 4
-  assert capfd.readouterr().out.startswith("held_out_pairs/error 0.")
+  (row,) = json.loads((tmp_path / "scores.json").read_text())["results"]
+  assert row["export"]["step"] == 2 and 0 < row["results"]["loss/error"]["value"] < 4
+  assert row["drawn"] == "" and not (tmp_path / "drawn").exists()
+  assert "loss/error 0." in capfd.readouterr().out
 
 
 def raising(error):

@@ -1,36 +1,48 @@
-"""The command that measures: names, shards that resume, sweeps, the page, and one line for errors."""
+"""The command that measures: metrics by name, resuming, sweeps, the page, errors in one line."""
 
+import html
 import json
 import os
 import re
 import signal
+import socket
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from runs import TOY, config_of
+from runs import TOY, command, config_of, finish, metrics, train_on
 
 from t2i_jax import assembly, data, evaluate, export
+from t2i_jax.errors import UserError
 from t2i_jax.evaluation import drawing, folder, plots, scoring
+from t2i_jax.evaluation.prompt_sets import PromptSet
+from t2i_jax.metrics.reference import Reference
+from t2i_jax.metrics.result import Result
+from t2i_jax.metrics.scores import Collected, Metric, Scores
+from t2i_jax.prompts import Prompt
 from t2i_jax.systems import base
+from t2i_jax.text.tokenizer import Tokenizers
 
 pytestmark = pytest.mark.usefixtures("compiled_programs")
 
 SPLIT = "held_out_pairs"
 
 
-def write_export(path, config, batch_of=2):
-  """An export with parameters of which nothing was trained."""
+def write_export(path, config):
+  """An export with random numbers, without compiling anything."""
   system = assembly.build_system(config)
   source = assembly.open_data(config, SPLIT, assembly.resolution_of(system))
-  tokenizers = assembly.make_tokenizer(config, source) if system.reads_text else None
-  batch = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype),
-                       assembly.abstract_batch(system, batch_of))
-  variables = base.split(system.init(jax.random.key(0), batch), system.ema_groups)[0]
-  tokenizers = tokenizers or assembly.Tokenizers({})
-  return export.write(path, config, 7, jax.device_get(variables), tokenizers)
+  tokenizers = assembly.make_tokenizer(config, source) if system.reads_text else Tokenizers({})
+  shapes = jax.eval_shape(
+    lambda batch: system.init(jax.random.key(0), batch), assembly.abstract_batch(system, 2)
+  )
+  rng = np.random.default_rng(0)
+  variables = jax.tree.map(
+    lambda x: rng.normal(0, 0.3, x.shape).astype(x.dtype),
+    base.split(shapes, system.ema_groups)[0],
+  )
+  return export.write(path, config, 7, variables, tokenizers)
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +59,8 @@ def network(tmp_path_factory, compiled_programs):
   return f"--network=feature-net={path}"
 
 
-@pytest.fixture
-def dark(monkeypatch):
+@pytest.fixture(scope="module")
+def dark():
   """In place of the scenes' verifier, which reads no pictures of 16 px: half of them are right."""
 
   def verify(images, captions):
@@ -56,7 +68,9 @@ def dark(monkeypatch):
     right = (images.mean(axis=(1, 2, 3)) > 127) == odd
     return dict.fromkeys(data.ATTRIBUTES, right)
 
-  monkeypatch.setattr(data, "verifier", lambda name: verify)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(data, "verifier", lambda name: verify)
+    yield
 
 
 @pytest.fixture
@@ -85,11 +99,25 @@ def results(path):
   return [{k: v for k, v in row.items() if k not in ("seconds_a_picture", "warm")} for row in rows]
 
 
-def test_metrics_by_name_say_what_they_depend_on(toy, network, dark, tmp_path, capfd):
-  run(toy, network, "--metric=verifier", "--metric=fd_feature_net", "--metric=loss",
-      f"--output={tmp_path / 'out'}")
-  (row,) = results(tmp_path / "out")
-  assert list(row["results"]) == ["loss/error", "verifier", "fd_scenes"]
+SWEEP = ("--metric=verifier", "--metric=fd_feature_net", "--sweep=temperature=0.5,1,2",
+         "--sweep=mode=plain,odd")  # the system refuses "odd"
+
+
+@pytest.fixture(scope="module")
+def whole(toy, network, dark, tmp_path_factory):
+  """The folder of an evaluation that nothing interrupted."""
+  path = tmp_path_factory.mktemp("whole") / "out"
+  run(toy, network, *SWEEP, f"--output={path}")
+  return path
+
+
+def test_results_say_what_they_depend_on(toy, whole):
+  rows = results(whole)
+  assert [row["swept"] for row in rows] == [
+    {"temperature": t, "mode": "plain"} for t in (0.5, 1.0, 2.0)
+  ]
+  row = rows[1]
+  assert list(row["results"]) == ["verifier", "fd_scenes"]
   assert row["export"]["step"] == 7 and row["export"]["ema"] and row["seed"] == 0
   assert row["export"]["hash"] == export.fingerprint(toy)
   assert row["options"] == {"temperature": 1.0, "mode": "plain"} and row["batch_size"] == 8
@@ -97,24 +125,38 @@ def test_metrics_by_name_say_what_they_depend_on(toy, network, dark, tmp_path, c
   assert distance["n"] == 20 and distance["about"]["reference_pictures"] == 20
   assert distance["about"]["reference"] == f"scenes, split {SPLIT}, 20 pictures"
   assert {"network", "digest", "preprocessing", "reference_digest"} <= set(distance["about"])
+  assert (distance["better"], row["results"]["verifier"]["better"]) == ("lower", "higher")
   right = row["results"]["verifier"]["about"]["right"]
   assert set(right) == set(data.ATTRIBUTES) and 0 < right["all"] < 1
-  out = capfd.readouterr().out
-  assert "step 7, moving average, 16 px, hash " + row["export"]["hash"][:12] in out
-  assert distance["line"] in out and "temperature=1.0" in out
-  with np.load(tmp_path / "out" / row["drawn"] / "pictures_00002.npz") as last:
+  with np.load(whole / row["drawn"] / "pictures_00002.npz") as last:
     assert last["images"].shape == (4, 16, 16, 3)
 
 
-def test_pictures_do_not_depend_on_the_batch_size(toy, dark, tmp_path):
-  def drawn(path, batch):
-    run(toy, "--metric=verifier", f"--output={path}", batch=batch)
-    (row,) = results(path)
+def test_the_page_needs_no_other_file(whole):
+  page = (whole / "report.html").read_text()
+  assert "<script" not in page and not re.search(r'(src|href)="(?!data:)', page)
+  assert page.count("data:image/png") == 3 * 12
+  for text in ("step 7, moving average, 16 px, hash", "seed 0", "toy0 temperature=0.5 mode=plain"):
+    assert text in page
+  assert results(whole)[0]["results"]["fd_scenes"]["line"] in html.unescape(page)
+  if plots.available():
+    names = {path.stem for path in (whole / "plots").glob("*.svg")}
+    assert f"{SPLIT}_fd_scenes_along_temperature" in names
+    assert page.count("data:image/svg+xml") == len(names)
+  assert Image.open(whole / "pictures" / f"{SPLIT}.png").width > 300
+
+
+def test_the_batch_size_and_other_points_change_no_picture(toy, dark, whole, tmp_path):
+  run(toy, "--metric=loss", "--metric=verifier", f"--output={tmp_path / 'out'}", batch=16)
+  (row,) = results(tmp_path / "out")
+
+  def pictures(path, row):
     shards = folder.Shards(path / row["drawn"], row["batch_size"], row["pictures"])
     return np.concatenate(list(shards.pictures()))
 
-  one, other = drawn(tmp_path / "one", 8), drawn(tmp_path / "other", 16)
+  one, other = pictures(tmp_path / "out", row), pictures(whole, results(whole)[1])
   assert np.abs(one.astype(int) - other).max() <= 1 and (one == other).mean() > 0.99
+  assert row["results"]["loss/error"]["value"] > 0
 
 
 class Killed(BaseException):
@@ -122,11 +164,9 @@ class Killed(BaseException):
 
 
 def test_an_interrupted_command_ends_with_the_same_numbers(
-  toy, network, dark, tmp_path, monkeypatch, fails
+  toy, network, dark, whole, tmp_path, monkeypatch, fails
 ):
-  flags = (network, "--metric=verifier", "--metric=fd_feature_net", "--sweep=temperature=0.5,1")
-  run(toy, *flags, f"--output={tmp_path / 'whole'}")
-  parts = tmp_path / "parts"
+  flags, parts = (network, *SWEEP), tmp_path / "parts"
   write, count = folder.Shards.write, 0
 
   def dying(self, *arguments):
@@ -162,16 +202,16 @@ def test_an_interrupted_command_ends_with_the_same_numbers(
   times = {path: path.stat().st_mtime_ns for path in before if path != cut}
   run(toy, *flags, f"--output={parts}")
   assert times == {path: path.stat().st_mtime_ns for path in times}, "drawn once"
-  assert results(parts) == results(tmp_path / "whole")
+  assert results(parts) == results(whole)
   for path in parts.glob("drawn/*/*/pictures_*.npz"):
-    with np.load(path) as ours, np.load(tmp_path / "whole" / path.relative_to(parts)) as theirs:
+    with np.load(path) as ours, np.load(whole / path.relative_to(parts)) as theirs:
       assert ours["images"].tobytes() == theirs["images"].tobytes()
 
   # Another metric is of the same pictures; other pictures are refused.
-  run(toy, network, "--metric=kd_feature_net", "--sweep=temperature=0.5,1", f"--output={parts}")
+  run(toy, network, "--metric=kd_feature_net", *SWEEP[2:], f"--output={parts}")
   assert "kd_scenes" in results(parts)[0]["results"]
   common = [f"--export={toy}", f"--split={SPLIT}", "--batch-size=8", f"--output={parts}",
-            "--metric=verifier", "--sweep=temperature=0.5,1"]
+            "--metric=verifier", *SWEEP[2:]]
   message = fails(*common, "--pictures=20", "--seed=3")
   assert message == (f"--output={parts} holds another evaluation: its seed is 0, this one's is 3; "
                      "choose another --output")
@@ -181,39 +221,21 @@ def test_an_interrupted_command_ends_with_the_same_numbers(
   assert "its points." in message
 
 
-def test_a_sweep_has_a_table_plots_and_a_page(toy, network, dark, tmp_path, capfd):
-  out = tmp_path / "out"
-  # Two options that a real system has, and of which one point is refused.
-  run(toy, network, "--metric=verifier", "--metric=fd_feature_net", "--metric=feature_net_diversity",
-      "--each=2", "--sweep=temperature=0.5,1,2", "--sweep=mode=plain,odd", f"--output={out}")
-  rows = results(out)
-  assert [row["swept"] for row in rows] == [
-    {"temperature": t, "mode": "plain"} for t in (0.5, 1.0, 2.0)
-  ]
-  assert rows[0]["each"] == 2 and rows[0]["captions"] <= 10
-  printed = capfd.readouterr()
-  assert "mode=odd left out: mode=odd cannot be drawn" in printed.err
-  assert "temperature=0.5 mode=plain" in printed.out and "parameters" in printed.out
-  page = (out / "report.html").read_text()
-  assert "<script" not in page and not re.search(r'(src|href)="(?!data:)', page)
-  assert page.count("data:image/png") == 3 * 2 * 10
-  if plots.available():
-    names = {path.stem for path in (out / "plots").glob("*.svg")}
-    assert f"{SPLIT}_fd_scenes_along_temperature" in names
-    assert f"{SPLIT}_verifier_against_fd_scenes_along_temperature" in names
-    assert page.count("data:image/svg+xml") == len(names)
-  assert Image.open(out / "pictures" / f"{SPLIT}.png").width > 300
-
-
-def test_exports_side_by_side(toy, dark, tmp_path, fails):
-  flags = ["--metric=verifier", f"--split={SPLIT}", "--pictures=8", "--batch-size=8"]
+def test_exports_side_by_side(toy, network, dark, tmp_path, fails, capfd):
+  flags = ["--metric=verifier", "--metric=feature_net_diversity", network, f"--split={SPLIT}",
+           "--pictures=8", "--each=2", "--batch-size=8"]
   message = fails(f"--export={toy}", f"--export={toy}", *flags)
   assert "two exports are called" in message and "--export=NAME=DIR" in message
+  capfd.readouterr()
   evaluate.main([f"--export=one={toy}", f"--export=two={toy}", *flags,
                  f"--output={tmp_path / 'out'}"])
   one, two = results(tmp_path / "out")
   assert one["point"] == "one" and two["point"] == "two" and one["results"] == two["results"]
   assert one["export"]["parameters"] == two["export"]["parameters"] > 1000
+  assert one["each"] == 2 and one["captions"] == 4
+  out = capfd.readouterr().out
+  assert re.search(r"one +35,168 +\S+, compiling too +\S+% +0\.\d+", out), out
+  assert (tmp_path / "out" / "report.html").read_text().count("data:image/png") == 2 * 2 * 4
 
 
 def test_prompts_of_a_file_in_genevals_folders(toy, tmp_path, fails):
@@ -251,8 +273,6 @@ def test_a_reference_is_measured_once_and_of_one_resolution(toy, network, tmp_pa
     arrays = dict(stats)
   meta = json.loads(bytes(arrays.pop("meta")))
   meta["about"]["resolution"] = [32, 32]
-  from t2i_jax.metrics.reference import Reference
-
   other = Reference(meta["n"], arrays["mu"], arrays["sigma"], None, meta["about"])
   other.save(tmp_path / "other.npz")
   flags = [f"--export={toy}", network, f"--split={SPLIT}", "--pictures=8"]
@@ -299,22 +319,99 @@ def test_a_foreign_folder_and_an_export_that_cannot_draw(toy, network, fails, tm
   assert message == (f"--output={tmp_path} is there, holds letter.txt, and is no evaluation's; "
                      "choose another folder")
   assert "is a file; name a folder" in fails(*flags, f"--output={tmp_path / 'letter.txt'}")
-  path = network.rpartition("=")[2]
+  path = network.removeprefix("--network=feature-net=")
   message = fails(f"--export={path}", "--metric=loss")
   assert "needs a system with Sampler; FeatureNet has none" in message
-  message = fails(*flags[:1], network, "--metric=kd_feature_net", f"--split={SPLIT}",
-                  "--pictures=2", "--each=2", "--batch-size=8")
-  assert "pictures" in message
+  message = fails(f"--export={toy}", network, f"--split={SPLIT}", "--pictures=3",
+                  "--metric=precision_recall_feature_net")
+  assert "pictures" in message and "needs" in message
 
 
 def test_categories_are_averaged():
-  from t2i_jax.evaluation.prompt_sets import PromptSet
-  from t2i_jax.prompts import Prompt
-
-  prompts = tuple(
+  prompts = PromptSet("parti", tuple(
     Prompt(f"prompt {i}", {"Category": "Arts" if i < 4 else "Food", "Note": f"{i}"})
     for i in range(12)
+  ), 2)  # fmt: skip
+  cosines = Collected(lambda batch: batch.images[:, 0, 0, 0])
+
+  def mean(seen):
+    assert seen.captions == tuple(prompts.captions[i] for i in seen.index)
+    return [Result("clip_score", float(seen.rows(cosines).mean()), seen.n, {})]
+
+  scores = Scores([Metric("clip_score", {"cosines": cosines}, mean)], {})
+  scores.update(np.broadcast_to(np.arange(24, dtype=np.uint8)[:, None, None, None], (24, 2, 2, 3)))
+  found = scoring.by_category(prompts, scores, {"verifier": np.arange(24) % 2})
+  assert found == {"Category": {
+    "Arts": {"n": 8, "clip_score": 3.5, "verifier": 0.5},
+    "Food": {"n": 16, "clip_score": 15.5, "verifier": 0.5},
+  }}  # fmt: skip
+
+
+def test_a_run_measures_its_pictures_and_resumes(toy, network, dark, tmp_path):
+  settings = dict(
+    sample__every=0, evaluate__every=0, optimizer__schedule="constant", evaluate__pictures=8,
+    evaluate__metrics="fd_feature_net", evaluate__metrics_every=2, evaluate__splits=SPLIT,
   )
-  found = scoring.by_category(PromptSet("parti", prompts, 2), {"clip_score": np.arange(24.0)})
-  assert found == {"Category": {"Arts": {"n": 8, "clip_score": 3.5},
-                                "Food": {"n": 16, "clip_score": 15.5}}}
+  settings["evaluate__networks__feature-net"] = network.removeprefix("--network=feature-net=")
+  train_on(config_of(TOY, train__duration=3, **settings), tmp_path / "whole")
+  for duration in (2, 3):
+    train_on(config_of(TOY, train__duration=duration, **settings), tmp_path / "parts")
+  lines = metrics(tmp_path / "whole")
+  assert lines == metrics(tmp_path / "parts")
+  measured = [line for line in lines if f"{SPLIT}/fd_scenes" in line]
+  assert [line["step"] for line in measured] == [2, 3]
+  assert all(0 <= line[f"{SPLIT}/right/all"] <= 1 for line in measured)
+  scores = json.loads((tmp_path / "whole" / "scores" / "scores.json").read_text())[SPLIT]
+  assert scores["results"]["fd_scenes"]["value"] == measured[-1][f"{SPLIT}/fd_scenes"]
+  assert scores["right"]["all"] == measured[-1][f"{SPLIT}/right/all"]
+  card = (tmp_path / "whole" / "export" / "README.md").read_text()
+  assert scores["results"]["fd_scenes"]["line"] in card
+
+
+def test_a_run_whose_pictures_cannot_be_measured_does_not_begin(dark, tmp_path):
+  for settings, message in (
+    ({"evaluate__metrics": "fidd", "evaluate__pictures": 8}, "unknown metric 'fidd'"),
+    ({"evaluate__metrics": "fid", "evaluate__pictures": 8}, "fid needs the network inception"),
+    ({"evaluate__metrics": "fid", "evaluate__pictures": 0}, "evaluate.pictures pictures"),
+    ({"evaluate__metrics": "loss", "evaluate__pictures": 8}, "which evaluate.every measures"),
+  ):
+    with pytest.raises(UserError) as error:
+      train_on(config_of(TOY, train__duration=1, **settings), tmp_path)
+    assert message in str(error.value)
+    assert not (tmp_path / "config.json").exists()
+
+
+TOGETHER = """
+import sys
+import runs
+from t2i_jax import evaluate
+
+runs.config_of(runs.TOY)  # makes the system known
+evaluate.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.full
+def test_two_processes_draw_together(toy, network, tmp_path):
+  def flags(name):
+    return [f"--export={toy}", network, "--metric=fd_feature_net", f"--split={SPLIT}",
+            "--pictures=20", "--batch-size=8", f"--output={tmp_path / name}"]
+
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    address = f"127.0.0.1:{free.getsockname()[1]}"
+  processes = [
+    command("", *flags("two"), code=TOGETHER, devices=2, T2I_COORDINATOR=address,
+            T2I_NUM_PROCESSES="2", T2I_PROCESS_ID=str(index))
+    for index in range(2)
+  ]
+  for process in processes:
+    finish(process)
+  finish(command("", *flags("one"), code=TOGETHER, devices=4))
+  (two,), (one,) = results(tmp_path / "two"), results(tmp_path / "one")
+  assert two["results"]["fd_scenes"]["value"] == pytest.approx(
+    one["results"]["fd_scenes"]["value"], rel=1e-3
+  )
+  assert {k: v for k, v in two.items() if k != "results"} == {
+    k: v for k, v in one.items() if k != "results"
+  }

@@ -9,7 +9,8 @@ from etils import epath
 from runs import TOY, config_of
 from toy import Toy
 
-from t2i_jax import assembly, caches, evaluate, hooks
+from t2i_jax import assembly, caches, hooks
+from t2i_jax.evaluation import verifier
 from t2i_jax.parallel.mesh import make_mesh
 from t2i_jax.training import state as states
 
@@ -79,7 +80,7 @@ def test_the_held_out_loss_is_of_the_average_and_the_same_rows(toy):
 
 def test_shuffled_captions_are_another_picture_s():
   captions = [f"caption {i}" for i in range(7)]
-  shuffled = evaluate.derangement(captions)
+  shuffled = verifier.derangement(captions)
   assert sorted(shuffled) == captions
   assert all(a != b for a, b in zip(captions, shuffled, strict=True))
 
@@ -95,18 +96,18 @@ def test_scores_are_of_the_captions_and_collapse_with_others():
     def __init__(self):
       self.config, self.system = config, assembly.build_system(config)
 
-    def __call__(self, captions, seed, batch_size, progress, **options):
+    def __call__(self, captions, seed, **options):
       assert (seed, options) == (3, {"steps": 4})
       source = assembly.open_data(config, "held_out_pairs", 32)
       rows = source.fetch(np.arange(40), np.arange(40, dtype=np.uint64))
       assert rows.captions == captions
       return rows.image
 
-  found = evaluate.score(TruePictures(), "held_out_pairs", 40, 3, {"steps": 4})
+  found = verifier.score(TruePictures(), "held_out_pairs", 40, 3, {"steps": 4})
   assert found["right"] == dict.fromkeys(found["right"], 1.0)
   assert found["shuffled"]["all"] == 0.0 and found["shuffled"]["position"] < 0.5
   assert found["pictures"] == 40 and 30 < found["captions"] <= 40
-  text = evaluate.table("held_out_pairs", found)
+  text = verifier.table(verifier.title("held_out_pairs", found), found)
   assert "100.0%" in text and f"40 pictures of {found['captions']} captions (steps=4;" in text
 
 

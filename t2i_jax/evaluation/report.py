@@ -70,7 +70,8 @@ def section(
   if plots:
     images = "".join(_image(content, "svg+xml", name) for name, content in plots.items())
     parts.append(f'<p class="plots">{images}</p>')
-  parts.append(side_by_side([row["point"] for row in rows], prompts, pictures))
+  if prompts:
+    parts.append(side_by_side([row["point"] for row in rows], prompts, pictures))
   return "\n".join(parts)
 
 

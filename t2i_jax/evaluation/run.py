@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
 from etils import epath
 
 from t2i_jax import assembly, data
@@ -84,7 +85,8 @@ def evaluate(flags: Any) -> None:
       side = assembly.resolution_of(point.model.system)
       size = tuple(point.options.get(name) or side for name in ("height", "width"))
       for prompts in sets:
-        make(drawn, networks, by_point[point.model.name, prompts.name]).check(size)
+        scores = make(drawn, networks, by_point[point.model.name, prompts.name])
+        scoring.check_measurable(scores, size, prompts)
     if flags.save_reference:
       _save_reference(flags, by_point)
     if flags.reference_only:
@@ -121,10 +123,11 @@ def _check_numbers(flags) -> None:
     raise UserError(f"--save-reference={flags.save_reference}: name a file that ends in .npz")
   if flags.geneval and not flags.prompts:
     raise UserError("--geneval needs GenEval's prompts; give --prompts=evaluation_metadata.jsonl")
-  if flags.prompts:
-    for name in (LOSS, VERIFIER) if flags.prompts else ():
-      if name in flags.metric:
-        raise UserError(f"the metric '{name}' is of a data set's split; leave --prompts out")
+  for name in (LOSS, VERIFIER) if flags.prompts else ():
+    if name in flags.metric:
+      raise UserError(f"the metric '{name}' is of a data set's split; leave --prompts out")
+  if jax.process_count() > 1 and not flags.output:
+    raise UserError("several processes share one folder; name it with --output")
 
 
 def _named_paths(given: Sequence[str]) -> dict[str, str]:
@@ -254,15 +257,15 @@ def _measure(
       values = {}
       if VERIFIER in metrics:
         results[VERIFIER], values[VERIFIER] = scoring.judged(sources.config, prompts, kept)
-      found, own = scoring.measured(
+      found, scores = scoring.measured(
         [name for name in metrics if name not in OWN], prompts, kept, networks,
         by_point[model.name, prompts.name], flags.seed, stop,
         Progress(f"{point.label}, {prompts.name}", "measured"),
       )
-      results |= {name: scoring.as_json(result) for name, result in found.items()}
+      results |= {name: scoring.as_json(name, result) for name, result in found.items()}
       rows.append(outcome.row(
         point, prompts, kept, path, flags.seed, results,
-        scoring.by_category(prompts, {**values, **own}),
+        scoring.by_category(prompts, scores, values),
       ))
   return rows
 

@@ -15,9 +15,11 @@ from t2i_jax.evaluation.folder import Shards
 from t2i_jax.evaluation.prompt_sets import PromptSet
 from t2i_jax.metrics.reference import Reference
 from t2i_jax.metrics.registry import METRICS, Networks, make
-from t2i_jax.metrics.scores import Result
+from t2i_jax.metrics.scores import Result, Scores, Seen
 from t2i_jax.parallel.distributed import agree_any, broadcast_bytes, is_primary
 
+DISTANCES = ("fid", "fd_", "kid", "kd_", "cmmd")  # results that are better when they are lower
+MEANS = ("clip_score", "clip_cosine")  # metrics that are means over pictures, of a category too
 SAVE_SECONDS = 30.0  # between two savings of what is kept of the pictures
 LOSS, VERIFIER = "loss", "verifier"
 OWN = {
@@ -51,24 +53,33 @@ def check_names(names: Sequence[str], each: int) -> None:
                       "more")
 
 
+def check_measurable(scores: Scores, size: tuple[int, int], prompts: PromptSet) -> None:
+  """Raises UserError where pictures (height, width) of these prompts are too few or too small."""
+  scores.check(size)
+  for metric in scores.metrics.values():
+    if prompts.total < metric.least:
+      raise UserError(f"{metric.name} needs at least {metric.least} pictures, and {prompts.name} "
+                      f"gives {prompts.total}; draw more with --pictures, or leave it out")
+
+
 def measured(
   names: Sequence[str], prompts: PromptSet, shards: Shards, networks: Networks,
   references: Mapping[str, Reference], seed: int, stop: Callable[[], bool], progress: Progress,
-) -> tuple[dict[str, Result], dict[str, np.ndarray]]:
+) -> tuple[dict[str, Result], Scores | None]:
   """What the metrics of `METRICS` say of drawn pictures.
 
   Pictures are measured in their order, and what is kept of them is stored every so often and read
   back exactly, so that an interrupted command's numbers are those of one that was not.
 
   Returns:
-    The results by name, and the values by picture [n] of those that have some.
+    The results by name, and what was kept of the pictures; None where nothing is measured.
 
   Raises:
     UserError: a network or reference is missing or another one, or there are too few pictures.
     Stopped: `stop` said so.
   """
   if not names:
-    return {}, {}
+    return {}, None
   scores = make(names, networks, references, seed)
   key = digest_of(json.dumps(scores.identity, sort_keys=True))[:12]
   path = shards.folder / f"state_{key}.npz"
@@ -92,16 +103,16 @@ def measured(
     if stopping and not last:
       raise Stopped
   progress.end()
-  return scores.results(), getattr(scores, "values", dict)()
+  return scores.results(), scores
 
 
-def as_json(result: Result) -> dict[str, Any]:
+def as_json(name: str, result: Result) -> dict[str, Any]:
   """A result for `scores.json`."""
   described = result.described()
   return {
     "value": described["value"], "n": result.n, "deviation": described.get("deviation"),
-    "better": getattr(result, "better", ""), "about": dict(result.about), "remarks": list(result.remarks),
-    "line": result.line(),
+    "better": "lower" if name.startswith(DISTANCES) else "higher", "about": dict(result.about),
+    "remarks": list(result.remarks), "line": result.line(),
   }
 
 
@@ -137,13 +148,26 @@ def _plain(value: float, n: int | None, better: str, line: str) -> dict[str, Any
 
 
 def by_category(
-  prompts: PromptSet, values: dict[str, np.ndarray]
+  prompts: PromptSet, scores: Scores | None, values: Mapping[str, np.ndarray]
 ) -> dict[str, dict[str, dict[str, float]]]:
-  """Means of values by picture over the categories of a file's prompts: {column: {value: ...}}."""
+  """Means over the categories of a file's prompts: `{column: {category: {"n", metric: mean}}}`.
+
+  Args:
+    prompts: of the pictures.
+    scores: what `measured` kept of them, in their order.
+    values: by picture [n], of other metrics.
+  """
+  metrics = [m for name, m in scores.metrics.items() if name in MEANS] if scores else []
+  if not metrics and not values:
+    return {}
+  captions = prompts.captions
+
+  def means(rows: np.ndarray) -> dict[str, float]:
+    seen = Seen(len(rows), rows, rows, tuple(captions[i] for i in rows))
+    found = {result.name: result.value for metric in metrics for result in metric.compute(seen)}
+    return {"n": len(rows), **found, **{k: float(np.mean(v[rows])) for k, v in values.items()}}
+
   return {
-    column: {
-      value: {"n": len(rows)} | {name: float(np.mean(v[rows])) for name, v in values.items()}
-      for value, rows in groups.items()
-    }
+    column: {category: means(rows) for category, rows in groups.items()}
     for column, groups in prompts.groups().items()
-  } if values else {}
+  }

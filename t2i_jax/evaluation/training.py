@@ -92,7 +92,7 @@ class RunScores:
       for start in range(0, pictures, BATCH):
         stop = min(start + BATCH, pictures)
         scores.update(drawn[start:stop], captions=captions[start:stop])
-      found["results"] = {name: scoring.as_json(r) for name, r in scores.results().items()}
+      found["results"] = {name: scoring.as_json(name, r) for name, r in scores.results().items()}
     return found, drawn, captions
 
 
