@@ -99,7 +99,7 @@ def results(path):
   return [{k: v for k, v in row.items() if k not in ("seconds_a_picture", "warm")} for row in rows]
 
 
-SWEEP = ("--metric=verifier", "--metric=fd_feature_net", "--sweep=temperature=0.5,1,2",
+SWEEP = ("--metric=verifier", "--metric=fd_feature_net", "--sweep=temperature=0.5,1",
          "--sweep=mode=plain,odd")  # the system refuses "odd"
 
 
@@ -114,7 +114,7 @@ def whole(toy, network, dark, tmp_path_factory):
 def test_results_say_what_they_depend_on(toy, whole):
   rows = results(whole)
   assert [row["swept"] for row in rows] == [
-    {"temperature": t, "mode": "plain"} for t in (0.5, 1.0, 2.0)
+    {"temperature": t, "mode": "plain"} for t in (0.5, 1.0)
   ]
   row = rows[1]
   assert list(row["results"]) == ["verifier", "fd_scenes"]
@@ -135,7 +135,7 @@ def test_results_say_what_they_depend_on(toy, whole):
 def test_the_page_needs_no_other_file(whole):
   page = (whole / "report.html").read_text()
   assert "<script" not in page and not re.search(r'(src|href)="(?!data:)', page)
-  assert page.count("data:image/png") == 3 * 12
+  assert page.count("data:image/png") == 2 * 12
   for text in ("step 7, moving average, 16 px, hash", "seed 0", "toy0 temperature=0.5 mode=plain"):
     assert text in page
   assert results(whole)[0]["results"]["fd_scenes"]["line"] in html.unescape(page)
@@ -143,11 +143,11 @@ def test_the_page_needs_no_other_file(whole):
     names = {path.stem for path in (whole / "plots").glob("*.svg")}
     assert f"{SPLIT}_fd_scenes_along_temperature" in names
     assert page.count("data:image/svg+xml") == len(names)
-  assert Image.open(whole / "pictures" / f"{SPLIT}.png").width > 300
+  assert Image.open(whole / "pictures" / f"{SPLIT}.png").width > 250
 
 
 def test_the_batch_size_and_other_points_change_no_picture(toy, dark, whole, tmp_path):
-  run(toy, "--metric=loss", "--metric=verifier", f"--output={tmp_path / 'out'}", batch=16)
+  run(toy, "--metric=verifier", f"--output={tmp_path / 'out'}", batch=16)
   (row,) = results(tmp_path / "out")
 
   def pictures(path, row):
@@ -156,7 +156,6 @@ def test_the_batch_size_and_other_points_change_no_picture(toy, dark, whole, tmp
 
   one, other = pictures(tmp_path / "out", row), pictures(whole, results(whole)[1])
   assert np.abs(one.astype(int) - other).max() <= 1 and (one == other).mean() > 0.99
-  assert row["results"]["loss/error"]["value"] > 0
 
 
 class Killed(BaseException):

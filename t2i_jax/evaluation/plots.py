@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from t2i_jax.evaluation.tables import SHARES, Row, heading, result_names
+from t2i_jax.evaluation.tables import LOWER, SHARES, Row, heading, result_names
 
 STYLES = tuple(itertools.product(("-", "--", ":"), (f"C{i}" for i in range(8))))
 AT_MOST = 4  # results that are set against each other, first ones first
@@ -40,12 +40,18 @@ def draw_plots(rows: Sequence[Row]) -> dict[str, bytes]:
   for axis in numeric_axes(rows):
     for name in names:
       plots[f"{name}_along_{axis}"] = _along(rows, axis, name)
-    for one, other in itertools.combinations(names[:AT_MOST], 2):
+    for one, other in _pairs(rows, names):
       plots[f"{one}_against_{other}_along_{axis}"] = _against(rows, axis, one, other)
   if not numeric_axes(rows) and len(rows) > 1:
-    for one, other in itertools.combinations(names[:AT_MOST], 2):
+    for one, other in _pairs(rows, names):
       plots[f"{one}_against_{other}"] = _against(rows, "", one, other)
   return {name.replace("/", "_"): content for name, content in plots.items()}
+
+
+def _pairs(rows: Sequence[Row], names: Sequence[str]) -> list[tuple[str, str]]:
+  """Results to set against each other, distances upwards, as they are usually plotted."""
+  first = sorted(names[:AT_MOST], key=lambda name: not heading(name, rows).endswith(LOWER))
+  return list(itertools.combinations(first, 2))
 
 
 def _is_number(value: Any) -> bool:

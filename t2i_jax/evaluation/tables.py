@@ -9,7 +9,8 @@ from typing import Any
 from t2i_jax import data
 
 Row = dict[str, Any]
-ARROWS = {"lower": " ↓", "higher": " ↑"}
+LOWER, HIGHER = " ↓", " ↑"  # where a result is better
+ARROWS = {"lower": LOWER, "higher": HIGHER}
 SHARES = ("verifier",)  # results that are printed as percentages
 
 
