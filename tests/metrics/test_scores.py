@@ -1,13 +1,14 @@
 """What is collected of a stream of pictures: in any parts, order or number of runs the same."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from small_networks import SIDE, Networks, features, pictures
 
 from t2i_jax.errors import UserError
-from t2i_jax.metrics import registry
+from t2i_jax.metrics import registry, resize
 from t2i_jax.metrics.frechet import Moments, frechet_distance
 from t2i_jax.metrics.reference import Reference
 
@@ -258,3 +259,12 @@ def test_a_saved_state_of_other_metrics_is_refused(networks, references, stream,
   (tmp_path / "scores.npz").write_bytes((tmp_path / "scores.npz").read_bytes()[:500])
   with pytest.raises(UserError, match="is no whole npz file"):
     made(networks, references, ["fid"]).restore(tmp_path / "scores.npz")
+
+
+def test_the_page_of_scores_names_every_metric_and_network():
+  page = (Path(__file__).parents[2] / "docs" / "scores.md").read_text()
+  for name, entry in registry.METRICS.items():
+    assert f"`{name}`" in page or "feature_net" in name, name
+    assert not entry.network or f"`{entry.network}`" in page
+  for mode in resize.MODES:
+    assert f"`{mode}`" in page
