@@ -34,8 +34,8 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument("--encode", action="store_true",
                       help="text encoders and first stage are part of the step")
   parser.add_argument("--effort", choices=["least", "full"], default="least",
-                      help="the compiler's: a run's is full, which takes convolutions up to 20 times "
-                      "as long; the least gives a little more memory than a run needs (least)")
+                      help="the compiler's: a run's is full, which takes convolutions up to 20 "
+                      "times as long; with the least, a step needs a little more memory (least)")
   parser.add_argument("--search", action="store_true",
                       help="find the largest batch that fits, by how much is computed again")
   settings, rest = command.split_settings(argv)
@@ -72,7 +72,8 @@ def _plan(flags, settings: Sequence[str]) -> None:
 
   def measured(config) -> report.Report:
     parts = report.build(config, names, flags.encode)
-    print("compiling; minutes" + (", or hours for a large U-Net" if flags.effort == "full" else ""), flush=True)
+    longer = ", or hours for a large U-Net" if flags.effort == "full" else ""
+    print(f"compiling; minutes{longer}", flush=True)
     return report.measure(config, mesh, chip, parts, flags.effort)
 
   if flags.search:
