@@ -33,6 +33,9 @@ def main(argv: list[str] | None = None) -> None:
                       help="a published model as a component; may be repeated")
   parser.add_argument("--encode", action="store_true",
                       help="text encoders and first stage are part of the step")
+  parser.add_argument("--effort", choices=["least", "full"], default="least",
+                      help="the compiler's: a run's is full, which takes convolutions up to 20 "
+                      "times as long; with the least, a step needs a little more memory (least)")
   parser.add_argument("--search", action="store_true",
                       help="find the largest batch that fits, by how much is computed again")
   settings, rest = command.split_settings(argv)
@@ -69,8 +72,9 @@ def _plan(flags, settings: Sequence[str]) -> None:
 
   def measured(config) -> report.Report:
     parts = report.build(config, names, flags.encode)
-    print("compiling; minutes, and much longer for large U-Nets", flush=True)
-    return report.measure(config, mesh, chip, parts)
+    longer = ", or hours for a large U-Net" if flags.effort == "full" else ""
+    print(f"compiling; minutes{longer}", flush=True)
+    return report.measure(config, mesh, chip, parts, flags.effort)
 
   if flags.search:
     _search(config, measured, mesh, report)

@@ -164,7 +164,11 @@ class Features:
       rows = jax.tree.map(lambda x, start=start: _padded(x[start : start + size], size), given)
       rows = place(rows, jax.tree.map(lambda _: self._sharding, rows))
       found.append(jax.tree.map(np.asarray, function(self._variables, *rows)))
-    return jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *found)
+    found = jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *found)
+    if not all(np.isfinite(x).all() for x in jax.tree.leaves(found)):
+      raise UserError(f"{self.name} gives NaN or infinity for some of these; its file is damaged, "
+                      "or of another network")
+    return found
 
 
 def _padded(rows: np.ndarray, size: int) -> np.ndarray:
