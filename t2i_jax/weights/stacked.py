@@ -5,6 +5,7 @@ of one tensor under several names.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -64,7 +65,8 @@ class StackedKeyMap(KeyMap):
   Networks whose blocks are not stacked are read and written by the same rules.
 
   Attributes:
-    stacks: the subtrees of ours that are stacks, and the number of the first block of each.
+    stacks: paths of the subtrees of ours that are stacks, and the number of the first block of
+      each.
     constants: tensors of theirs that nothing trains, by name; written, and checked where they are.
     copies: of one of their names, others under which the same tensor is held.
   """
@@ -126,8 +128,8 @@ class StackedKeyMap(KeyMap):
     return tensors
 
   def _stack(self, path: str) -> str | None:
-    first = path.partition("/")[0]
-    return first if first in self.stacks else None
+    parents = itertools.accumulate(path.split("/"), "{}/{}".format)
+    return next((parent for parent in parents if parent in self.stacks), None)
 
   def _apart(self, tree: Any) -> Any:
     """The tree with the blocks of every stack under names of their own."""

@@ -29,7 +29,7 @@ class DDPM(Denoiser):
   Attributes (beside those of `Denoiser`):
     draft: side of the coarse picture that is predicted from the text alone, with a squared
       error of its own, and whose features the U-Net gets (`networks.draft`); 0 for none.
-    channels ... remat: of the `UNet`.
+    channels ... scan: of the `UNet`.
   """
 
   draft: int = 0
@@ -54,6 +54,7 @@ class DDPM(Denoiser):
   symmetric: bool = False
   sine_first: bool = False
   remat: bool = False
+  scan: bool = False
 
   def __post_init__(self):
     super().__post_init__()
