@@ -43,10 +43,11 @@ def compiled_programs(tmp_path_factory):
   compilation_cache.reset_cache()
 
 
-def config_of(path, **overrides):
+def config_of(path, dataset="scenes", **overrides):
   """`size=tiny` of a config; `train__duration=3` sets `train.duration`."""
   given = {key.replace("__", "."): str(value) for key, value in overrides.items()}
-  return configs.load_config(f"{path}:size=tiny", given)
+  chosen = "" if dataset == "scenes" else f",dataset={dataset}"
+  return configs.load_config(f"{path}:size=tiny{chosen}", given)
 
 
 def train_on(config, workdir, devices=1):

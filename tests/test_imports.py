@@ -25,7 +25,8 @@ LAYERS = (
   ("text", "diffusion", "metrics", "data"),
   ("systems", "weights"),
   ("training",),
-  ("recipe", "assembly", "guiding", "caches", "export", "restore", "pipeline", "hooks", "command"),
+  ("recipe", "bucketing", "assembly", "guiding", "caches", "export", "restore", "pipeline",
+   "hooks", "command"),
   ("main", "sample", "evaluate", "feature_networks", "convert", "conversion", "precompute",
    "precompute_text", "precompute_latents", "plan", "planning", "adapters", "data.prepare"),
 )

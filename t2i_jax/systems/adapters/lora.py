@@ -80,6 +80,8 @@ class LoRA(base.System):
       raise UserError("the text of a lora run is that of components.base, its encoders included; "
                       "leave text.encoder and text.cache as they are")
     taken = {"text": self.adaptee.text, "Options": self.adaptee.Options}
+    if isinstance(self.adaptee, base.ManyShapes):
+      taken["shape_of"] = self.adaptee.shape_of
     for name, method in inspect.getmembers(type(self.adaptee), inspect.isfunction):
       known = name.startswith("_") or hasattr(type(self), name)
       if not known and "variables" in list(inspect.signature(method).parameters)[1:2]:

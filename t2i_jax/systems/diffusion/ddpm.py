@@ -6,6 +6,7 @@ Salimans 2022 (guidance without a classifier).
 """
 
 import dataclasses
+import math
 from functools import cached_property
 from typing import Any
 
@@ -71,6 +72,14 @@ class DDPM(Denoiser):
         f"model.draft={self.draft} does not divide {self.resolution // self.patch} "
         "(model.resolution / model.patch); change it, or set 0 for no draft"
       )
+
+  def shape_of(self, height: int, width: int) -> tuple[int, int, int]:
+    # The draft has as many cells down as across, whatever the picture's shape.
+    unit = self.patch * math.lcm(2 ** (len(self.multipliers) - 1), self.draft or 1)
+    if height % unit or width % unit:
+      raise UserError(f"pictures of {height} x {width} do not fit the network: use multiples of "
+                      f"{unit}")
+    return height, width, 3
 
   @cached_property
   def network(self) -> UNet:

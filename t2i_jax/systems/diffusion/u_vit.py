@@ -65,8 +65,8 @@ class UViT(LatentDenoiser):
 
   def shape_of(self, height: int, width: int) -> tuple[int, int, int]:
     if (height, width) != (self.resolution, self.resolution):
-      raise UserError("U-ViT has learned the place of each token, so it draws pictures of "
-                      f"model.resolution={self.resolution} alone; leave height and width out")
+      raise UserError("U-ViT has learned the place of each token, so it takes pictures of "
+                      f"model.resolution={self.resolution} alone, not of {height} x {width}")
     return self.shape
 
   @property
