@@ -207,8 +207,10 @@ class Loader:
   def restore(self, state: dict[str, int]) -> None:
     """Continues from a `state`, of this or another number of hosts."""
     self.close()
-    # A whole number of batches, also after a run with batches of another size.
-    self._position = -(-int(state["position"]) // self._batch_size) * self._batch_size
+    self._position = int(state["position"])
+    if isinstance(self._order, BucketedOrder):
+      # A whole number of batches, also after a run with batches of another size.
+      self._position = -(-self._position // self._batch_size) * self._batch_size
 
   def close(self) -> None:
     """Ends the workers; a later `next` starts them again."""
