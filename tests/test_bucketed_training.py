@@ -16,7 +16,6 @@ from t2i_jax.systems import base, load
 from t2i_jax.systems.conditioning import TextConditioner
 from t2i_jax.systems.diffusion.ddpm import DDPM
 from t2i_jax.systems.diffusion.dit import DiT
-from t2i_jax.systems.diffusion.ldm import LDM
 from t2i_jax.systems.diffusion.sd3 import SD3
 from t2i_jax.systems.diffusion.stable_diffusion import SDXL
 from t2i_jax.systems.diffusion.u_vit import UViT
@@ -93,10 +92,9 @@ STAGE = {"components": {"first_stage": Shrinker(TEXT, resolution=16)}}
 TRANSFORMER = dict(width=8, depth=2, heads=2)
 TINY = {
   "ddpm": DDPM(TEXT, resolution=16, draft=4, patch=2, coordinates=2, **UNET),
-  "ldm": LDM(TEXT, resolution=16, **{**UNET, "heads": 0}, **STAGE),
   "dit": DiT(TEXT, resolution=16, cross_attention=True, **TRANSFORMER),
   "sd3": SD3(TEXT, resolution=16, grid=8, largest=16, **TRANSFORMER, **STAGE),
-  "sdxl": SDXL(TEXT, resolution=16, **{**UNET, "heads": 0, "depths": (1, 1)}, **STAGE),
+  "sdxl": SDXL(TEXT, resolution=16, heads=0, depths=(1, 1), middle_depth=1, **UNET, **STAGE),
 }
 
 
@@ -149,7 +147,7 @@ def test_systems_that_take_squares_alone_say_which_take_others(photos, tmp_path)
   with pytest.raises(UserError, match="pictures of 20 x 8 do not fit the network: use multiples"):
     bucketing.check(TINY["ddpm"], ((20, 8),))
   path, settings = small_text("vae")
-  config = bucketed(path, photos, train__duration=1, **settings)
+  config = bucketed(path, photos, train__duration=1, train__batch_size=8, **settings)
   with pytest.raises(UserError, match=f"ConditionalVAE trains on squares alone.*{others}"):
     main.train(config, str(tmp_path / "vae"))
 

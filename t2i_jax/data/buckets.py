@@ -56,6 +56,7 @@ def shapes_of(texts: Sequence[str], resolution: int) -> tuple[Shape, ...]:
   Raises:
     UserError: something else, a shape twice, or a step with which there is no square.
   """
+  texts = tuple(map(str, texts))
   if len(texts) == 1 and re.fullmatch(r"[0-9]+", texts[0]):
     return made_of(resolution, int(texts[0]))
   shapes = []

@@ -21,7 +21,7 @@ def run(function: Callable[..., Any], jobs: Sequence[tuple], runner: str, option
     done: told how far it is.
 
   Raises:
-    UserError: Beam is not there, knows no such runner or option, or a job failed.
+    UserError: Beam is not there, it knows no such runner, or a job failed.
   """
   try:
     import apache_beam
