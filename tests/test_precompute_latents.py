@@ -70,7 +70,7 @@ def cache(first, photos, tmp_path_factory):
 @pytest.fixture
 def no_decoding(monkeypatch):
   """From now on a picture that is decoded is an error."""
-  return lambda: monkeypatch.setattr("t2i_jax.data.folder.decode", lambda *given: 1 / 0)
+  return lambda: monkeypatch.setattr("t2i_jax.data.sets.pictures.decode", lambda *given: 1 / 0)
 
 
 def test_what_is_stored_is_what_the_first_stage_says(first, photos, cache):
