@@ -127,8 +127,10 @@ def _export(flags, only) -> list:
   from t2i_jax.weights.perceptual import FILES
 
   if pipelines.is_pipeline(path):
-    only("a pipeline", "resolution")
-    written, lines = pipelines.convert(flags.source, flags.output, flags.resolution, flags.dtype)
+    only("a pipeline", "resolution", "length")
+    written, lines = pipelines.convert(
+      flags.source, flags.output, flags.resolution, flags.dtype, flags.length or 0
+    )
     return [*lines, written]
   if any((path / name).is_file() for name in FILES):
     from t2i_jax.conversion.perceptual import from_lpips

@@ -131,8 +131,9 @@ def convert(
   }  # fmt: skip
   form = FORMS[kind.system]
   model = parts.Model(
-    kind.system, unets.options_of(tensors), tensors, process, kind.sampling, form.text, str(path)
-  )
+    kind.system, form.network, unets.options_of(tensors), tensors, process, kind.sampling,
+    form.text, str(path),
+  )  # fmt: skip
   with parts.workplace(output) as place:
     found = autoencoder.open_tensors(tensors, str(path), resolution, kind.scale)
     components = {FIRST_STAGE: autoencoder.write(f"{place}/{FIRST_STAGE}", found, dtype)}

@@ -8,6 +8,7 @@ Esser et al. 2024 (Scaling Rectified Flow Transformers for High-Resolution Image
 import dataclasses
 from typing import ClassVar
 
+import jax.numpy as jnp
 from flax import struct
 
 from t2i_jax.errors import UserError
@@ -37,6 +38,9 @@ class SD3(TransformerDenoiser):
 
   Attributes (beside those of `TransformerDenoiser`):
     norm, dual, grid, largest: of `networks.mmdit.MMDiT`.
+    blank: tokens of zeros behind those of the text, in the place of an encoder that is left out, as
+      the released models are drawn from without T5.
+    context_width: to which the text's features are filled up with zeros; 0 for the widest's.
     shift: of `Denoiser`; 3 at 1024 px. It moves the times that are trained and those of sampling.
   """
 
@@ -54,11 +58,16 @@ class SD3(TransformerDenoiser):
   dual: int = 0
   grid: int = 64
   largest: int = 192
+  blank: int = 0
+  context_width: int = 0
 
   def __post_init__(self):
     base.check_positive("model", self, "grid", "largest")
     if not self.text.names:
       raise UserError("text.encoder=none: this network is of a picture and a text; choose one")
+    if self.blank < 0 or self.context_width < 0:
+      raise UserError(f"model.blank={self.blank} and model.context_width={self.context_width} are "
+                      "numbers of 0 or more")
     if not 0 <= self.dual < self.depth:
       raise UserError(f"model.dual={self.dual} is not between 0 and model.depth={self.depth} - 1: "
                       "the last block is never one of them")
@@ -77,4 +86,12 @@ class SD3(TransformerDenoiser):
                       f"model.largest={self.largest}; use less")
 
   def arguments(self, given: Conditioning) -> dict[str, Array | None]:
-    return {"context": given.sequence, "mask": given.mask, "pooled": given.pooled}
+    context, mask = given.sequence, given.mask
+    missing = self.context_width - context.shape[-1] if self.context_width else 0
+    if missing < 0:
+      raise UserError(f"model.context_width={self.context_width} is less than the text's "
+                      f"{context.shape[-1]}; set it to 0, or to as many as the network reads")
+    context = jnp.pad(context, ((0, 0), (0, self.blank), (0, missing)))
+    if mask is not None:
+      mask = jnp.pad(mask, ((0, 0), (0, self.blank)), constant_values=True)
+    return {"context": context, "mask": mask, "pooled": given.pooled}
