@@ -4,7 +4,15 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from t2i_jax.weights import dit, mmdit, transformer_config, unet, unet_config, unet_single_file
+from t2i_jax.weights import (
+  dit,
+  mmdit,
+  transformer_config,
+  u_vit,
+  unet,
+  unet_config,
+  unet_single_file,
+)  # fmt: skip
 from t2i_jax.weights.key_map import KeyMap
 
 Options = Mapping[str, Any]
@@ -41,6 +49,8 @@ def _of_transformer(tensors: Mapping[str, Any], options: Options) -> KeyMap:
     if any(name.endswith(own) for name in tensors):
       return kind.single_file_map(options)
     return kind.diffusers_map(options)
+  if "convolution" in options:
+    return u_vit.authors_map(options)
   if options["modulation"] == "single":
     return dit.pixart_map(options)
   if "x_embedder.proj.weight" in tensors:

@@ -70,6 +70,7 @@ _ADDED = ("safety_checker", "feature_extractor", "image_encoder")
 # Without its last norm, and with the projection: the last layer but one, of SDXL and SD3.
 _INNER = text.Reading(layer=-2, final_norm=False)
 _BOTH = text.Reading(layer=-2, final_norm=False, project=True)
+NO_T5 = "there is no T5: zeros take the place of its features"
 T5_LENGTH = 256  # tokens of SD3's T5, as diffusers draws
 FORMS = {
   "stable_diffusion": Form(
@@ -197,7 +198,7 @@ def convert(
   if (index.get("safety_checker") or [None])[0]:
     lines.append("the safety checker is left out")
   if set(form.encoders) != set(encoders):
-    lines.append("there is no T5: zeros take the place of its features")
+    lines.append(NO_T5)
   if "id2label" in index:
     lines.append("the names of the classes are left out: a prompt is the number of one")
   return written, lines

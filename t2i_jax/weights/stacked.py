@@ -30,6 +30,22 @@ def patch_layout(patch: int) -> Layout:
   )
 
 
+def number_of(tensors: Mapping[str, Any], prefix: str) -> int:
+  """How many blocks there are whose names begin with `prefix` and a number."""
+  numbers = [name.removeprefix(prefix).split(".")[0] for name in tensors if name.startswith(prefix)]
+  return 1 + max((int(number) for number in numbers if number.isdigit()), default=-1)
+
+
+def shapes_of(
+  tensors: Mapping[str, Stored], names: Sequence[str], what: str
+) -> list[tuple[int, ...]]:
+  """Of tensors without which there is no `what`; UserError, naming those that are missing."""
+  missing = [name for name in names if name not in tensors]
+  if missing:
+    raise UserError(f"these weights hold no whole {what}: {', '.join(missing)} missing")
+  return [tuple(tensors[name].shape) for name in names]
+
+
 def fused(ours: str, theirs: str, bias: bool = True) -> list[Rule]:
   """Of queries, keys and values that one Linear gives, one behind the other."""
   rules = []

@@ -1,6 +1,7 @@
 """Pipelines whose network is a transformer against diffusers: random weights, read by both."""
 
 import json
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +19,7 @@ from test_pipelines import (  # noqa: E402
   SIDE,
   STEPS,
   assert_same_numbers,
+  fails,
   tensors,
   text_encoder,
   tokenizer,
@@ -27,6 +29,8 @@ import t2i_jax  # noqa: E402
 from t2i_jax import convert, export  # noqa: E402
 from t2i_jax.diffusion.solvers import start_noise  # noqa: E402
 from t2i_jax.systems import base  # noqa: E402
+from t2i_jax.weights.safetensors_file import write_safetensors  # noqa: E402
+from t2i_jax.weights.stored import open_weights  # noqa: E402
 
 CONTEXT, T5_TOKENS, SEED = 160, 24, 1
 SMALL = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 2,
@@ -182,3 +186,109 @@ def test_pictures_are_the_same(case, monkeypatch):
   assert np.std(theirs) > 10
   again = loaded(made, place / "back")
   assert np.abs(drawn_by_diffusers(name, again, noise, monkeypatch) - ours).max() <= 2
+
+
+def saved(path, held):
+  write_safetensors(path, {name: (t.shape, t.dtype, t.read) for name, t in held.items()})
+  return path
+
+
+def assert_same_export(found, expected):
+  found, expected = export.read(found), export.read(expected)
+  numbers, wanted = export.flatten(found.variables), export.flatten(expected.variables)
+  assert set(numbers) == set(wanted)
+  for key, value in wanted.items():
+    assert np.asarray(numbers[key]).tobytes() == np.asarray(value).tobytes(), key
+  for section in ("model", "text", "sample"):
+    assert found.config[section] == expected.config[section]
+  assert found.tokenizers == expected.tokenizers
+
+
+def test_one_file_of_stable_diffusion_3(case, capfd):
+  """In the layout that diffusers' own conversion reads, and ours again, with what it lacks."""
+  from diffusers.loaders.single_file_utils import (
+    convert_ldm_clip_checkpoint,
+    convert_ldm_vae_checkpoint,
+    convert_sd3_t5_checkpoint_to_diffusers,
+    convert_sd3_transformer_checkpoint_to_diffusers,
+  )
+
+  name, made, place = case
+  if not name.startswith("SD3"):
+    pytest.skip("of Stable Diffusion 3")
+  path = place / "model.safetensors"
+  convert.main([f"--source={place / 'export'}", f"--output={path}", "--to=single_file"])
+  file = open_weights(path)
+  held = {key: torch.from_numpy(tensor.read()) for key, tensor in file.items()}
+  encoders = [
+    (made.text_encoder, lambda held: convert_ldm_clip_checkpoint(
+      held, "text_encoders.clip_l.transformer.")),
+    (made.text_encoder_2, lambda held: convert_ldm_clip_checkpoint(
+      held, "text_encoders.clip_g.transformer.")),
+    (made.text_encoder_3, convert_sd3_t5_checkpoint_to_diffusers),
+  ]  # fmt: skip
+  for model, convert_back in (
+    (made.transformer, convert_sd3_transformer_checkpoint_to_diffusers),
+    (made.vae, lambda held: convert_ldm_vae_checkpoint(held, made.vae.config)), *encoders,
+  ):  # fmt: skip
+    converted = {
+      key.removeprefix("text_model."): value
+      for key, value in (convert_back(dict(held)) if model else {}).items()
+    }
+    for key, value in model.state_dict().items() if model else ():
+      if not key.endswith(("position_ids", "embed_tokens.weight")):
+        expected = converted[key.removeprefix("text_model.")]
+        np.testing.assert_allclose(value, expected, atol=1e-5 * key.startswith("pos_embed"))
+  flags = [f"--parts={place / 'folder'}", f"--resolution={SIDE}", f"--length={T5_TOKENS}"]
+  convert.main([f"--source={path}", f"--output={place / 'again'}", *flags])
+  assert_same_export(place / "again", place / "export")
+  # As the file without any text encoder was published.
+  bare = {key: tensor for key, tensor in file.items() if not key.startswith("text_encoders.")}
+  saved(place / "bare.safetensors", bare)
+  convert.main([f"--source={place / 'bare.safetensors'}", f"--output={place / 'again'}", *flags])
+  assert_same_export(place / "again", place / "export")
+  shutil.rmtree(place / "again")
+  new = [f"--output={place / 'new'}", *flags[1:]]
+  message = fails(capfd, f"--source={path}", *new)
+  assert "has no tokenizer: name the folder of a pipeline of diffusers" in message
+  del bare["model.diffusion_model.joint_blocks.1.x_block.mlp.fc1.bias"]
+  saved(path, bare)
+  message = fails(capfd, f"--source={path}", *new, flags[0])
+  assert "missing (1) model.diffusion_model.joint_blocks.1.x_block.mlp.fc1.bias" in message
+  assert not (place / "new").exists()
+
+
+def test_what_is_no_such_pipeline_is_one_line(case, tmp_path, capfd):
+  name, _, place = case
+  copy, new = shutil.copytree(place / "folder", tmp_path / "copy"), f"--output={tmp_path / 'new'}"
+
+  def wrong(message, part="transformer/config.json", **values):
+    given = json.loads((place / "folder" / part).read_text())
+    (copy / part).write_text(json.dumps({**given, **values}))
+    assert message in fails(capfd, f"--source={copy}", new)
+    (copy / part).write_text(json.dumps(given))
+
+  if name == "SD3":
+    wrong("caption_projection_dim=9 is not known, only with 24", caption_projection_dim=9)
+    wrong("dual_attention_layers=[1] is not known", dual_attention_layers=[1])
+    wrong("with qk_norm=layer_norm is not known", qk_norm="layer_norm")
+    wrong("with flux=3 is not known", flux=3)
+    wrong("use_dynamic_shifting=True is not known", "scheduler/scheduler_config.json",
+          use_dynamic_shifting=True)
+    wrong("without one of its text encoders", "model_index.json", text_encoder_2=[None, None])
+    shutil.rmtree(copy / "text_encoder_3")
+    wrong("it has no folder text_encoder_3; copy it there, or write [null, null]", num_layers=2)
+  if name == "PixArt-alpha":
+    wrong("use_additional_conditions=True is not known", use_additional_conditions=True)
+  if name == "DiT":
+    wrong("of class FluxTransformer2DModel is not known", _class_name="FluxTransformer2DModel")
+    wrong("of another shape", num_embeds_ada_norm=5)
+    # As the published config is called.
+    given = json.loads((copy / "transformer" / "config.json").read_text())
+    (copy / "transformer" / "config.json").write_text(
+      json.dumps({**given, "_class_name": "Transformer2DModel"})
+    )
+    convert.main([f"--source={copy}", new])
+    assert_same_export(tmp_path / "new", place / "export")
+  else:
+    assert not (tmp_path / "new").exists()
