@@ -7,7 +7,8 @@
   python -m t2i_jax.main --config=configs/sd3.py:size=small,encoder=transformer --workdir=runs/sd3
 
 "small" models pixels, the published sizes the latents of a first stage with 16 channels. The
-components are exports that `convert` makes of a pipeline's text_encoder and vae folders.
+components are exports that `convert` makes of a pipeline's text_encoder and vae folders; of a whole
+pipeline it makes one to draw from.
 
 Expected: not known, no size was trained to its end here.
 

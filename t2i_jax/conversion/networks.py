@@ -72,8 +72,8 @@ def _settings_of_transformer(options: Options) -> dict[str, Any]:
   # A share of the labels was dropped of all that are published, and that is what guides them.
   told = {"classes": (("class", classes),), "label_drop": LABEL_DROP} if classes else {}
   return {
-    **options, "classes": (), **told, "cross_attention": bool(options["context_width"]),
-    "pooled": bool(options["pooled_width"]),
+    **options, "context_width": 0, "classes": (), **told,
+    "cross_attention": bool(options["context_width"]), "pooled": bool(options["pooled_width"]),
   }
 
 

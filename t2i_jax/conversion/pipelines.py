@@ -129,9 +129,13 @@ def text_of(form: Form, encoders: Collection[str]) -> dict[str, Any]:
   return settings
 
 
-def without(form: Form, encoders: Collection[str], length: int) -> dict[str, Any]:
+def without(
+  form: Form, encoders: Collection[str], length: int, options: Mapping[str, Any]
+) -> dict[str, Any]:
   """Settings of `model` for a form without its optional encoders: zeros take their place."""
-  return {} if set(form.encoders) == set(encoders) else {"blank": length or T5_LENGTH}
+  if set(form.encoders) == set(encoders):
+    return {}
+  return {"blank": length or T5_LENGTH, "context_width": options["context_width"]}
 
 
 def convert(
@@ -155,6 +159,7 @@ def convert(
   folder = Path(source).expanduser()
   index = read_json(folder / INDEX)
   if index.get("_class_name") in unconditional.CLASSES:
+    check_length(length, index["_class_name"])
     return unconditional.convert(folder, output, resolution, dtype)
   form = _form(index, folder)
   network = form.network.folder
@@ -162,8 +167,7 @@ def convert(
     name: pair for name, pair in form.encoders.items()
     if name not in form.optional or (index.get(pair[0]) or (None,))[0] is not None
   }
-  if length and _T5 not in [form.classes[name] for name in encoders] and not form.optional:
-    raise UserError(f"--length is of T5, and a {form.name} has none; leave it out")
+  check_length(length, form.name, form)
   both = [name for pair in encoders.values() for name in pair]
   for name in (network, form.first_stage, *both):
     if not (folder / name).is_dir():
@@ -181,7 +185,7 @@ def convert(
     settings["null"] = "zeros" if index["force_zeros_for_empty_prompt"] else "empty"
   model = parts.Model(
     form.system, form.network, options, open_weights(folder / network),
-    {**process, **without(form, encoders, length)}, {**form.sampling, **sampling},
+    {**process, **without(form, encoders, length, options)}, {**form.sampling, **sampling},
     settings, str(folder / network),
   )  # fmt: skip
   with parts.workplace(output) as place:
@@ -202,6 +206,12 @@ def convert(
   if "id2label" in index:
     lines.append("the names of the classes are left out: a prompt is the number of one")
   return written, lines
+
+
+def check_length(length: int, what: str, form: Form | None = None) -> None:
+  """Raises UserError for a length that nothing reads."""
+  if length and not (form and _T5 in form.classes.values()):
+    raise UserError(f"--length is of T5, and a {what} has none; leave it out")
 
 
 def reading_of(form: Form, name: str, length: int) -> text.Reading:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from t2i_jax import assembly, export
-from t2i_jax.conversion import autoencoder, new_file, parts, pipelines, text
+from t2i_jax.conversion import autoencoder, begun, new_file, parts, pipelines, text
 from t2i_jax.conversion.models import Held
 from t2i_jax.conversion.networks import TRANSFORMER
 from t2i_jax.errors import UserError
@@ -105,8 +105,7 @@ def convert(
   tensors = averages(tensors)
   options = kind.options_of(tensors)
   form, own = kind.form, _own(tensors)
-  if length and not form.optional:
-    raise UserError(f"--length is of T5, and {kind.name} has none; leave it out")
+  pipelines.check_length(length, kind.name, form)
   if kind.name != "Stable Diffusion 3" and options["in_channels"] != 4:
     raise UserError(f"{source} holds a {kind.name} of {options['in_channels']} channels; known are "
                     "those in latents of 4")
@@ -118,7 +117,7 @@ def convert(
   }  # fmt: skip
   settings = pipelines.text_of(form, encoders) if told else {"encoder": "none"}
   scale = U_VIT_SCALE if kind.name == "U-ViT" and told else 0.0
-  without = pipelines.without(form, encoders, length) if told else {}
+  without = pipelines.without(form, encoders, length, options) if told else {}
   model = parts.Model(
     form.system, form.network, options, own[DENOISER], {**kind.process, **without},
     kind.sampling, settings, source, scale,
@@ -177,12 +176,12 @@ def write(exported: export.Export, output: str) -> Path:
 def write_model(held: Held, output: str) -> Path:
   """Writes Stable Diffusion 3 as one file, with its autoencoder and its text encoders."""
   path = new_file(output)
-  tensors = _begun(mmdit.SINGLE_FILE, mmdit.single_file_map(held.options).save(held.denoiser))
+  tensors = begun(mmdit.SINGLE_FILE, mmdit.single_file_map(held.options).save(held.denoiser))
   stage = {name: held.first_stage.params[name] for name in autoencoder.GROUPS}
-  tensors |= _begun(autoencoders.SINGLE_FILE, autoencoders.single_file_map().save(stage))
+  tensors |= begun(autoencoders.SINGLE_FILE, autoencoders.single_file_map().save(stage))
   for name, encoder in held.encoders.items():
     names = T5 if encoder.config.model.kind == "t5" else CLIP_TEXT
-    tensors |= _begun(ENCODERS[name], names.save(encoder.params["encoder"]))
+    tensors |= begun(ENCODERS[name], names.save(encoder.params["encoder"]))
   write_safetensors(path, tensors)
   return path
 
@@ -216,7 +215,3 @@ def _part(place: Path | None, name: str, source: str) -> Path:
     raise UserError(f"--parts={place} has no folder {name}, and '{source}' has none either; copy "
                     "it there")
   return place / name
-
-
-def _begun(prefix: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
-  return {prefix + name: tensor for name, tensor in tensors.items()}
