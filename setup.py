@@ -49,6 +49,7 @@ setup(
   extras_require={
     "tpu": ["jax[tpu]>=0.10.2,<0.12"],
     "cuda": ["jax[cuda12]>=0.10.2,<0.12"],
+    "beam": ["apache-beam>=2.77,<2.78"],  # data sets that outgrow a machine
     "gcs": ["gcsfs>=2025.9,<2027"],  # work directories on gs://
     "test": TEST,
     "plots": ["matplotlib>=3.11,<3.12"],  # of evaluate, and of benchmarks/curve.py

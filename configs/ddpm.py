@@ -55,8 +55,7 @@ def get_config(arg=None):
   config = recipe.base("ddpm", arg.dataset)
   config.model.update(choose("size", arg.size, SIZES))
   if arg.size == "tiny":
-    config.text.update(width=32, layers=1, heads=2, vocab_size=300, length=40)
-    recipe.tiny(config)
+    recipe.tiny(config, text=True)
     config.optimizer.update(name="adam", learning_rate=2e-4, warmup="2 steps")
     config.sample.options.update(solver="ddpm", steps=4)
     return config
@@ -68,12 +67,6 @@ def get_config(arg=None):
     )
     config.sample.options.update(solver="ddpm", steps=1000)
     return config
-  config.text.update(width=64, heads=2, pool="flatten")
-  config.train.update(duration="4700 steps", batch_size=16)
-  config.optimizer.update(
-    name="muon", learning_rate=3e-3, b2=0.99, weight_decay=0.01, schedule="cosine",
-    warmup="50 steps", multipliers=recipe.SLOW_TEXT,
-  )
-  config.ema.decay = 0.999
-  config.sample.options.update(steps=25)
+  recipe.small(config, pool="flatten")
+  config.train.duration = "4700 steps"
   return config

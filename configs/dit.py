@@ -24,7 +24,7 @@ Papers: Peebles and Xie 2023 (Scalable Diffusion Models with Transformers), tabl
 Chen et al. 2024 (PixArt-alpha), section 2.
 """
 
-from t2i_jax import data, recipe
+from t2i_jax import recipe
 from t2i_jax.config import choose, parse_arg
 
 # Table 1; linear betas, learned variances, KL-f8's latents.
@@ -52,28 +52,16 @@ def get_config(arg=None):
   config = recipe.base("dit", arg.dataset)
   config.model.update(choose("size", arg.size, SIZES))
   config.sharding.rules = recipe.TRANSFORMER_RULES
-  labels = data.labels(config.data.name)
-  default = "transformer" if config.data.name in ("scenes", "emoji") else "component"
-  config.text.encoder = arg.encoder or default
-  if choose("labels", arg.labels, {"yes": True, "no": False}) and labels:
-    config.data.options.labels = True
-    config.model.update(classes=tuple(labels.items()), label_drop=0.1, cross_attention=False)
-    config.text.encoder = "none"
+  labels = choose("labels", arg.labels, {"yes": True, "no": False})
+  recipe.text_or_labels(config, arg.encoder, labels)
+  if config.model.classes:
+    config.model.cross_attention = False
   if arg.size == "tiny":
-    if config.text.encoder == "transformer":
-      config.text.update(width=32, layers=1, heads=2, vocab_size=300, length=40)
-    recipe.tiny(config)
+    recipe.tiny(config, text=True)
     return config
   if arg.size == "small":
-    if config.text.encoder == "transformer":
-      config.text.update(width=64, heads=2, pool="flatten")
-    config.train.update(duration="6000 steps", batch_size=16)
-    config.optimizer.update(
-      name="muon", learning_rate=3e-3, b2=0.99, weight_decay=0.01, schedule="cosine",
-      warmup="50 steps", multipliers=recipe.SLOW_TEXT,
-    )
-    config.ema.decay = 0.999
-    config.sample.options.update(steps=25, clip=True)
+    recipe.small(config, pool="flatten")
+    config.sample.options.clip = True
     return config
   config.sample.options.update(solver="ddpm", variance="learned", steps=250, guidance=4.0)
   config.model.remat = "dots"

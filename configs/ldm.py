@@ -53,20 +53,14 @@ def get_config(arg=None):
   config = recipe.base("ldm", arg.dataset)
   config.model.update(choose("size", arg.size, SIZES))
   if arg.size == "tiny":
-    config.text.update(width=32, layers=1, heads=2, vocab_size=300, length=40)
-    recipe.tiny(config)
+    recipe.tiny(config, text=True)
   elif arg.size == "1.4B":
     config.text.update(width=1280, layers=32, heads=8, length=77, vocab_size=30522)
     config.train.update(duration="390k steps", batch_size=680)
     config.optimizer.update(learning_rate=1e-4, warmup="10k steps", weight_decay=0.01)
     config.sample.options.guidance = 5.0
   else:
-    config.text.update(width=64, heads=2, pool="flatten")
-    config.train.update(duration="5000 steps", batch_size=16)
-    config.optimizer.update(
-      name="muon", learning_rate=3e-3, b2=0.99, weight_decay=0.01, schedule="cosine",
-      warmup="50 steps", multipliers=recipe.SLOW_TEXT,
-    )
-    config.ema.decay = 0.999
-    config.sample.options.update(steps=25, guidance=1.75)
+    recipe.small(config, pool="flatten")
+    config.train.duration = "5000 steps"
+    config.sample.options.guidance = 1.75
   return config

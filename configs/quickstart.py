@@ -41,19 +41,13 @@ def get_config(arg=None):
   if arg.dataset != "scenes":
     # As it was run; one object needs less noise since the draft finds its place.
     config.model.update(density_spread=1.5, time_shift=2.5)
-  config.text.update(width=64, heads=2, pool="flatten")
-  config.train.update(duration="3000 steps", batch_size=16)
-  config.optimizer.update(
-    name="muon", learning_rate=3e-3, b2=0.99, weight_decay=0.01, schedule="cosine",
-    warmup="50 steps", multipliers=recipe.SLOW_TEXT,
-  )
-  config.ema.decay = 0.999
+  recipe.small(config, pool="flatten")
+  config.train.duration = "3000 steps"
   config.log.every = "50 steps"
   config.sample.options.update(steps=20, guidance=1.75)
   if config.data.name == "scenes":
     config.evaluate.update(pictures=256, splits=("held_out_combinations",))
   if arg.size == "tiny":
-    config.text.update(width=32, layers=1, heads=2, vocab_size=300, length=40)
-    recipe.tiny(config)
+    recipe.tiny(config, text=True)
     config.evaluate.pictures = 0  # The verifier reads pictures of 32 px or more.
   return config

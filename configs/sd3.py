@@ -7,7 +7,8 @@
   python -m t2i_jax.main --config=configs/sd3.py:size=small,encoder=transformer --workdir=runs/sd3
 
 "small" models pixels, the published sizes the latents of a first stage with 16 channels. The
-components are exports that `convert` makes of a pipeline's text_encoder and vae folders.
+components are exports that `convert` makes of a pipeline's text_encoder and vae folders; of a whole
+pipeline it makes one to draw from.
 
 Expected: not known, no size was trained to its end here.
 
@@ -53,20 +54,11 @@ def get_config(arg=None):
       pooled=("text_encoder", "text_encoder_2"), drop=0.0, drop_each=0.464, null="empty",
     )
   if arg.size == "tiny":
-    if arg.encoder == "transformer":
-      config.text.update(width=32, layers=1, heads=2, vocab_size=300, length=40)
-    recipe.tiny(config)
+    recipe.tiny(config, text=True)
     return config
   if arg.size == "small":
-    if arg.encoder == "transformer":
-      config.text.update(width=64, heads=2, pool="flatten")
-    config.train.update(duration="6000 steps", batch_size=16)
-    config.optimizer.update(
-      name="muon", learning_rate=3e-3, b2=0.99, weight_decay=0.01, schedule="cosine",
-      warmup="50 steps", multipliers=recipe.SLOW_TEXT,
-    )
-    config.ema.decay = 0.999
-    config.sample.options.update(steps=25, guidance=2.0, clip=True)
+    recipe.small(config, pool="flatten")
+    config.sample.options.update(guidance=2.0, clip=True)
     return config
   config.train.update(duration="500k steps", batch_size=4096)
   config.optimizer.update(learning_rate=1e-4, warmup="1000 steps", weight_decay=0.01)

@@ -22,7 +22,7 @@ Paper: Bao et al. 2023 (All are Worth Words: A ViT Backbone for Diffusion Models
 the configurations of its release. Its guidance scale of 1 is 2 here.
 """
 
-from t2i_jax import data, recipe
+from t2i_jax import recipe
 from t2i_jax.config import choose, parse_arg
 
 PUBLISHED = dict(resolution=256, patch=2, schedule="scaled_linear")
@@ -52,28 +52,14 @@ def get_config(arg=None):
   config = recipe.base("u_vit", arg.dataset)
   config.model.update(choose("size", arg.size, SIZES))
   config.sharding.rules = recipe.TRANSFORMER_RULES
-  labels = data.labels(config.data.name)
-  default = "transformer" if config.data.name in ("scenes", "emoji") else "component"
-  config.text.encoder = arg.encoder or default
-  if choose("labels", arg.labels, {"yes": True, "no": False}) and labels:
-    config.data.options.labels = True
-    config.model.update(classes=tuple(labels.items()), label_drop=0.1)
-    config.text.encoder = "none"
+  labels = choose("labels", arg.labels, {"yes": True, "no": False})
+  recipe.text_or_labels(config, arg.encoder, labels)
   if arg.size == "tiny":
-    if config.text.encoder == "transformer":
-      config.text.update(width=32, layers=1, heads=2, vocab_size=300, length=40)
-    recipe.tiny(config)
+    recipe.tiny(config, text=True)
     return config
   if arg.size == "small":
-    if config.text.encoder == "transformer":
-      config.text.update(width=64, heads=2)
-    config.train.update(duration="6000 steps", batch_size=16)
-    config.optimizer.update(
-      name="muon", learning_rate=3e-3, b2=0.99, weight_decay=0.01, schedule="cosine",
-      warmup="50 steps", multipliers=recipe.SLOW_TEXT,
-    )
-    config.ema.decay = 0.999
-    config.sample.options.update(steps=25, clip=True)
+    recipe.small(config)
+    config.sample.options.clip = True
     return config
   duration, batch_size, b1, b2 = TRAINING[arg.size]
   config.train.update(duration=duration, batch_size=batch_size)

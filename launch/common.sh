@@ -38,8 +38,42 @@ given() { [[ $2 ]] || fail "$1=... is missing; see --help"; }
 # pair NAME VALUE: fails unless VALUE is VARIABLE=TEXT.
 pair() { [[ $2 =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] || fail "$1=$2: write $1=VARIABLE=VALUE"; }
 
-# no_flag WORD SCRIPT: fails for a flag that does not exist.
-no_flag() { fail "unknown flag '$1'; see $2 --help"; }
+# flags SCRIPT "FLAG..." WORD...: reads the words of a command line into variables of the flags' names,
+# and what is behind "--" into the array `command`. A FLAG "name" takes a value; "name?" takes none and
+# becomes 1; "name+" may be repeated and is an array. All have --env, into the array `environment`,
+# --dry-run and --help, which prints the script's usage and exits.
+flags() {
+  local script=$1 known=" $2 " flag
+  shift 2
+  command=()
+  while (($#)); do
+    flag=${1%%=*}
+    flag=${flag#--}
+    case $1 in
+      --env=*) pair --env "${1#*=}"; environment+=("${1#*=}") ;;
+      --dry-run) DRY_RUN=1 ;;
+      --help) usage "$script"; exit ;;
+      --)
+        shift
+        # shellcheck disable=SC2034  # the scripts read it
+        command=("$@")
+        return
+        ;;
+      --[a-z]*=*)
+        # The names are this folder's own, so that nothing but them is evaluated.
+        if [[ $known == *" $flag "* ]]; then printf -v "$flag" %s "${1#*=}"
+        elif [[ $known == *" $flag+ "* ]]; then eval "$flag+=(\"\${1#*=}\")"
+        else fail "unknown flag '$1'; see $script --help"
+        fi
+        ;;
+      *)
+        [[ $1 == "--$flag" && $known == *" $flag? "* ]] || fail "unknown flag '$1'; see $script --help"
+        printf -v "$flag" %s 1
+        ;;
+    esac
+    shift
+  done
+}
 
 # found PROGRAM: fails where it is not installed.
 found() { [[ $DRY_RUN ]] || command -v "$1" >/dev/null || fail "$1 is not installed, or not on PATH"; }

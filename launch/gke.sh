@@ -35,32 +35,10 @@ set -euo pipefail
 
 name="" namespace="" image="" accelerator="" topology="" chips=4 slices=1 spot="" account=""
 restarts=100 notice=30
-environment=()
+command=() environment=()
 action=${1:---help}
-(($#)) && shift
-while (($#)); do
-  case $1 in
-    --name=*) name=${1#*=} ;;
-    --namespace=*) namespace=${1#*=} ;;
-    --image=*) image=${1#*=} ;;
-    --accelerator=*) accelerator=${1#*=} ;;
-    --topology=*) topology=${1#*=} ;;
-    --chips=*) chips=${1#*=} ;;
-    --slices=*) slices=${1#*=} ;;
-    --spot) spot=1 ;;
-    --account=*) account=${1#*=} ;;
-    --restarts=*) restarts=${1#*=} ;;
-    --notice=*) notice=${1#*=} ;;
-    --env=*) pair --env "${1#*=}"; environment+=("${1#*=}") ;;
-    --dry-run) DRY_RUN=1 ;;
-    --help) action=--help ;;
-    --) shift; break ;;
-    *) no_flag "$1" "$0" ;;
-  esac
-  shift
-done
-command=("$@")
-if [[ $action == --help ]]; then usage "$0"; exit; fi
+[[ $action != --help ]] || set -- "$action" --help
+flags "$0" "name namespace image accelerator topology chips slices spot? account restarts notice" "${@:2}"
 given --name "$name"
 kubectl=(kubectl ${namespace:+--namespace="$namespace"})
 

@@ -7,34 +7,24 @@
 # stop, then killed, and this ends with its exit status.
 #
 # Flags:
-#   --processes=N   how many (2)
-#   --devices=N     CPU devices of each, for a machine without accelerators
-#   --port=N        where process 0 listens (12321)
-#   --grace=N       seconds between asking a process to stop and killing it (30)
-#   --dry-run       print the commands and run nothing
+#   --processes=N     how many (2)
+#   --devices=N       CPU devices of each, for a machine without accelerators
+#   --port=N          where process 0 listens (12321)
+#   --grace=N         seconds between asking a process to stop and killing it (30)
+#   --env=NAME=VALUE  for the command; may be repeated
+#   --dry-run         print the commands and run nothing
 set -euo pipefail
 # shellcheck source=launch/common.sh
 . "${BASH_SOURCE%/*}/common.sh"
 
 processes=2 devices="" port=12321 grace=30
-while (($#)); do
-  case $1 in
-    --processes=*) processes=${1#*=} ;;
-    --devices=*) devices=${1#*=} ;;
-    --port=*) port=${1#*=} ;;
-    --grace=*) grace=${1#*=} ;;
-    --dry-run) DRY_RUN=1 ;;
-    --help) usage "$0"; exit ;;
-    --) shift; break ;;
-    *) no_flag "$1" "$0" ;;
-  esac
-  shift
-done
+command=() environment=()
+flags "$0" "processes devices port grace" "$@"
 whole --processes "$processes"
 whole --port "$port"
 whole --grace "$grace"
-(($#)) || fail "no command; write it after --"
-settings=(T2I_COORDINATOR="localhost:$port" T2I_NUM_PROCESSES="$processes")
+((${#command[@]})) || fail "no command; write it after --"
+settings=(${environment[@]+"${environment[@]}"} T2I_COORDINATOR="localhost:$port" T2I_NUM_PROCESSES="$processes")
 if [[ $devices ]]; then
   whole --devices "$devices"
   settings+=(JAX_PLATFORMS=cpu XLA_FLAGS="--xla_force_host_platform_device_count=$devices")
@@ -42,7 +32,7 @@ fi
 
 if [[ $DRY_RUN ]]; then
   for ((i = 0; i < processes; i++)); do
-    printf '%s &\n' "$(quoted env "${settings[@]}" T2I_PROCESS_ID="$i" "$@")"
+    printf '%s &\n' "$(quoted env "${settings[@]}" T2I_PROCESS_ID="$i" "${command[@]}")"
   done
   echo wait
   exit
@@ -63,7 +53,7 @@ for ((i = 0; i < processes; i++)); do
   mkfifo "$pipes/$i"
   while IFS= read -r line || [[ $line ]]; do printf '[%s] %s\n' "$i" "$line"; done <"$pipes/$i" &
   readers+=($!)
-  setsid env "${settings[@]}" T2I_PROCESS_ID="$i" "$@" >"$pipes/$i" 2>&1 &
+  setsid env "${settings[@]}" T2I_PROCESS_ID="$i" "${command[@]}" >"$pipes/$i" 2>&1 &
   started+=($!) groups+=($!)
 done
 

@@ -25,36 +25,18 @@ here=${BASH_SOURCE%/*}
 . "$here/common.sh"
 
 name=t2i_jax nodes=1 gpus=1 cpus="" time="" log=slurm-%j.log notice=120 restarts=100
-more=() environment=()
-while (($#)); do
-  case $1 in
-    --name=*) name=${1#*=} ;;
-    --nodes=*) nodes=${1#*=} ;;
-    --gpus=*) gpus=${1#*=} ;;
-    --cpus=*) cpus=${1#*=} ;;
-    --time=*) time=${1#*=} ;;
-    --log=*) log=${1#*=} ;;
-    --notice=*) notice=${1#*=} ;;
-    --restarts=*) restarts=${1#*=} ;;
-    --env=*) pair --env "${1#*=}"; environment+=("${1#*=}") ;;
-    --sbatch=*) more+=("${1#*=}") ;;
-    --dry-run) DRY_RUN=1 ;;
-    --help) usage "$0"; exit ;;
-    --) shift; break ;;
-    *) no_flag "$1" "$0" ;;
-  esac
-  shift
-done
+sbatch=() command=() environment=()
+flags "$0" "name nodes gpus cpus time log notice restarts sbatch+" "$@"
 whole --nodes "$nodes"
 whole --gpus "$gpus"
 whole --notice "$notice"
 whole --restarts "$restarts"
 [[ -z $cpus ]] || whole --cpus "$cpus"
-(($#)) || fail "no command; write it after --"
+((${#command[@]})) || fail "no command; write it after --"
 found sbatch
 
 # The signal goes to the processes that srun started, not to the script around them.
 run sbatch --job-name="$name" --nodes="$nodes" --ntasks-per-node=1 --gpus-per-node="$gpus" \
   ${cpus:+--cpus-per-task="$cpus"} ${time:+--time="$time"} --output="$log" --open-mode=append \
-  --requeue --signal="TERM@$notice" ${more[@]+"${more[@]}"} "$here/slurm_job.sh" "$restarts" \
-  env ${environment[@]+"${environment[@]}"} "$@"
+  --requeue --signal="TERM@$notice" ${sbatch[@]+"${sbatch[@]}"} "$here/slurm_job.sh" "$restarts" \
+  env ${environment[@]+"${environment[@]}"} "${command[@]}"

@@ -39,33 +39,10 @@ here=${BASH_SOURCE%/*}
 . "$here/common.sh"
 
 name="" zone="" project="" type="" version="" slices=1 spot="" every=60 restarts=100 delete="" to=""
-more=() environment=()
+create=() command=() environment=()
 action=${1:---help}
-(($#)) && shift
-while (($#)); do
-  case $1 in
-    --name=*) name=${1#*=} ;;
-    --zone=*) zone=${1#*=} ;;
-    --project=*) project=${1#*=} ;;
-    --type=*) type=${1#*=} ;;
-    --version=*) version=${1#*=} ;;
-    --slices=*) slices=${1#*=} ;;
-    --spot) spot=1 ;;
-    --create=*) more+=("${1#*=}") ;;
-    --env=*) pair --env "${1#*=}"; environment+=("${1#*=}") ;;
-    --every=*) every=${1#*=} ;;
-    --restarts=*) restarts=${1#*=} ;;
-    --delete) delete=1 ;;
-    --to=*) to=${1#*=} ;;
-    --dry-run) DRY_RUN=1 ;;
-    --help) action=--help ;;
-    --) shift; break ;;
-    *) no_flag "$1" "$0" ;;
-  esac
-  shift
-done
-command=("$@")
-if [[ $action == --help ]]; then usage "$0"; exit; fi
+[[ $action != --help ]] || set -- "$action" --help
+flags "$0" "name zone project type version slices spot? create+ every restarts delete? to" "${@:2}"
 case $action in
   create | wait | install | each | run | watch | status | stop | logs | delete | train) ;;
   *) fail "unknown command '$action'; see $0 --help" ;;
@@ -104,7 +81,7 @@ create() {
   local shape=(--node-id="$name")
   ((slices > 1)) && shape=(--node-count="$slices" --node-prefix="$name")
   run "${queued[@]}" create "$name" "${where[@]}" "${shape[@]}" --accelerator-type="$type" \
-    --runtime-version="$version" ${spot:+--spot} ${more[@]+"${more[@]}"}
+    --runtime-version="$version" ${spot:+--spot} ${create[@]+"${create[@]}"}
 }
 
 delete() { run "${queued[@]}" delete "$name" "${where[@]}" --force; }

@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from etils import epath
 from ml_collections import ConfigDict
 
+from t2i_jax import bucketing, data, systems
 from t2i_jax import config as configs
-from t2i_jax import data, systems
 from t2i_jax.data.base import Source
 from t2i_jax.errors import UserError, unknown
 from t2i_jax.parallel.distributed import agree_any, barrier, broadcast_bytes, is_primary
@@ -323,20 +323,26 @@ def abstract_batch(system: System, rows: int) -> dict[str, Any]:
   })
 
 
-def check_batch_spec(system: System, batch: Mapping[str, Any], where: str) -> None:
+def check_batch_spec(system: System, batch: Mapping[str, Any], where: str,
+                     shapes: Sequence[tuple[int, int]] = ()) -> None:
   """Raises UserError unless the batch has what the system reads.
 
   Args:
     system: whose `batch_spec` is asked for.
     batch: arrays with leading batch axis.
     where: the data set's name, for the message.
+    shapes: (height, width) of the pictures of batches, where they have several.
   """
   from t2i_jax.export import flatten
 
   given = {
     name: Field(tuple(leaf.shape[1:]), str(leaf.dtype)) for name, leaf in flatten(batch).items()
   }
-  for name, field in system.batch_spec().items():
+  spec = system.batch_spec()
+  if shapes:
+    bucketing.check(system, shapes)
+    spec["image"] = Field((*batch["image"].shape[1:3], 3), "uint8")
+  for name, field in spec.items():
     if name not in given:
       raise UserError(
         f"{type(system).__name__} needs '{name}' in its batches, which the data set '{where}' does "

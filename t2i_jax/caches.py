@@ -93,6 +93,9 @@ class Latents:
                       "--dtype")
     options = given.options.to_dict()
     source = data.open_source(given.name, split, resolution, cache.data["seed"], options, log_dir)
+    if source.buckets is not None:
+      raise UserError(f"data.latents={given.latents}: latents are of squares; leave it or "
+                      f"data.options.{data.BUCKETS} out")
     cache.check_data(source, given.name, options)
     return LatentSource(source, cache)
 

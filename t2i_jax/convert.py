@@ -12,7 +12,7 @@ FORMS = ("export", "huggingface", "diffusers", "single_file")
 TOWERS = ("text", "both")
 # Flags that only some sources read.
 TEXT = ("length", "layer", "no_final_norm", "project", "masked", "activation", "pad", "towers")
-SINGLE_FILE = ("prediction", "zero_terminal_snr", "ema")
+SINGLE_FILE = ("prediction", "zero_terminal_snr", "ema", "parts")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -21,9 +21,10 @@ def main(argv: list[str] | None = None) -> None:
     "t2i_jax.convert",
     "Makes an export of a public model, to draw from, to go on training\n"
     "(--config.init_from=EXPORT) or to train on (--config.components.NAME=EXPORT):\n\n"
-    "  a pipeline of diffusers (a folder with model_index.json): Stable Diffusion 1, 2 and XL,\n"
-    "    latent diffusion's text-to-image model, a DDPM of pixels without a text;\n"
+    "  a pipeline of diffusers (a folder with model_index.json): Stable Diffusion 1, 2, XL and 3,\n"
+    "    latent diffusion's text-to-image model, DiT, PixArt-alpha, a DDPM of pixels;\n"
     "  such a latent model in one file (.safetensors or .ckpt), in its authors' layout;\n"
+    "  DiT's and U-ViT's networks in a file (.pt, .pth), with the other --parts of a pipeline;\n"
     "  guided diffusion's U-Nets, drawn from by class numbers, and their classifiers (.pt);\n"
     "  an autoencoder of these (diffusers' folder, or a file);\n"
     "  a text encoder in a Hugging Face folder (config, tokenizer, weights as safetensors or\n"
@@ -38,6 +39,11 @@ def main(argv: list[str] | None = None) -> None:
     "python -m t2i_jax.convert --source=v2-1_768.ckpt --tokenizer=clip-vit-large-patch14 "
     "--prediction=v --ema --output=sd21",
     "python -m t2i_jax.convert --source=ldm.ckpt --tokenizer=bert-base-uncased --output=ldm",
+    "python -m t2i_jax.convert --source=sd3_medium_incl_clips.safetensors "
+    "--parts=stable-diffusion-3-medium --output=sd3",
+    "python -m t2i_jax.convert --source=DiT-XL-2-256x256.pt --parts=DiT-XL-2-256 --output=dit",
+    "python -m t2i_jax.convert --source=mscoco_uvit_small.pth --parts=stable-diffusion-v1-5 "
+    "--output=u_vit",
     "python -m t2i_jax.convert --source=256x256_classifier.pt --output=classifier",
     "python -m t2i_jax.convert --source=sd15 --output=folder --to=diffusers",
     "python -m t2i_jax.convert --source=sd15 --output=sd15.safetensors --to=single_file",
@@ -73,12 +79,17 @@ def main(argv: list[str] | None = None) -> None:
                       help="a model in one file: it was trained from pure noise")
   parser.add_argument("--ema", action="store_true",
                       help="a model in one file: take the averages over its training")
+  parser.add_argument("--parts", default="",
+                      help="Stable Diffusion 3, DiT or U-ViT in a file: the folder of a pipeline "
+                      "of diffusers, of which is taken what the file has not (vae, tokenizer, "
+                      "text_encoder...)")
   parser.add_argument("--scale", type=float, default=0.0,
                       help="an autoencoder in a file: of its latents (0.18215 of Stable Diffusion "
                       "1 and 2, 0.13025 of XL)")
   parser.add_argument("--length", type=int,
                       help=f"text: tokens that a caption takes ({LENGTH}, or the encoder's "
-                      "positions)")
+                      "positions); a whole model with T5: those that it takes (256, or 120 of "
+                      "PixArt-alpha)")
   parser.add_argument("--layer", type=int, default=-1,
                       help="CLIP: whose output is the sequence: -1, the last; -2, the one before")
   parser.add_argument("--no-final-norm", action="store_true",
@@ -127,8 +138,10 @@ def _export(flags, only) -> list:
   from t2i_jax.weights.perceptual import FILES
 
   if pipelines.is_pipeline(path):
-    only("a pipeline", "resolution")
-    written, lines = pipelines.convert(flags.source, flags.output, flags.resolution, flags.dtype)
+    only("a pipeline", "resolution", "length")
+    written, lines = pipelines.convert(
+      flags.source, flags.output, flags.resolution, flags.dtype, flags.length or 0
+    )
     return [*lines, written]
   if any((path / name).is_file() for name in FILES):
     from t2i_jax.conversion.perceptual import from_lpips
@@ -146,13 +159,20 @@ def _export(flags, only) -> list:
 
 
 def _of_file(flags, only, path: Path) -> list:
-  from t2i_jax.conversion import autoencoder, guided_diffusion, single_file
+  from t2i_jax.conversion import autoencoder, guided_diffusion, single_file, transformer_files
   from t2i_jax.weights.guided_diffusion import kind_of
   from t2i_jax.weights.stored import open_weights
 
   tensors = open_weights(path)
+  if kind := transformer_files.kind_of(tensors):
+    only(f"{kind.name} in a file", "parts", "resolution", "length")
+    written, lines = transformer_files.convert(
+      tensors, str(path), flags.output, flags.parts, resolution=flags.resolution,
+      length=flags.length or 0, dtype=flags.dtype,
+    )  # fmt: skip
+    return [*lines, written]
   if single_file.holds_model(tensors):
-    only("a model in one file", *SINGLE_FILE, "tokenizer", "resolution")
+    only("a model in one file", *SINGLE_FILE[:3], "tokenizer", "resolution")
     return [single_file.convert(
       flags.source, flags.output, flags.tokenizer, prediction=flags.prediction,
       zero_terminal_snr=flags.zero_terminal_snr, ema=flags.ema, resolution=flags.resolution,
@@ -208,6 +228,7 @@ def _given_back(flags) -> Path:
     models,
     single_file,
     text,
+    transformer_files,
     unconditional,
   )  # fmt: skip
   from t2i_jax.weights.guided_diffusion import CLASSIFIER, UNET
@@ -226,7 +247,10 @@ def _given_back(flags) -> Path:
     return guided_diffusion.write(exported, flags.output)
   if flags.to == "diffusers" and system == "ddpm":
     return unconditional.write(exported, flags.output)
-  write = folders.write if flags.to == "diffusers" else single_file.write
+  if flags.to == "single_file" and system in ("dit", "u_vit"):
+    return transformer_files.write(exported, flags.output)
+  whole = transformer_files.write_model if system == "sd3" else single_file.write
+  write = folders.write if flags.to == "diffusers" else whole
   return write(models.taken_apart(exported), flags.output)
 
 

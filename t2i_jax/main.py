@@ -11,7 +11,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from t2i_jax import assembly, caches, command, data, export, guiding, systems
+from t2i_jax import assembly, bucketing, caches, command, data, export, guiding, systems
 from t2i_jax import config as configs
 from t2i_jax.data.loader import Loader
 from t2i_jax.data.prefetch import Prefetcher
@@ -143,7 +143,13 @@ def _train(
   )
   for line in assembly.truncated_captions(config, tokenizers, source.captions()):
     _say(f"warning: {line}")
-  assembly.check_batch_spec(system, loader.peek(), config.data.name)
+  if source.buckets is not None:
+    agree_on("the checksum of the pictures' shapes", zlib.crc32(source.buckets.of) >> 1,
+             "give all processes the same files")
+  shapes = loader.shapes()
+  assembly.check_batch_spec(
+    system, loader.peek(), config.data.name, [shape for shape, _ in shapes]
+  )
   check_division(system, config.train.batch_size, config.train.accumulate, batch_shards(mesh))
   for warning in check_accumulation(system, config.train.accumulate):
     _say(f"warning: {warning}")
@@ -168,7 +174,9 @@ def _train(
       flops = 0.0
       if run.step < total:
         _say_parameters(run)
-        flops = _compile(compiled, run, put(loader.peek(), batch_sharding(mesh)))
+        flops = _compile(compiled, run, bucketing.of_shapes(
+          put(loader.peek(), batch_sharding(mesh)), shapes
+        ))
       options = loop.LoopOptions(
         total, steps_of(config.log.every, "log.every") or total,
         steps_of(config.checkpoint.every, "checkpoint.every"), config.train.batch_size, flops,
@@ -313,14 +321,20 @@ def _held_out(config, source, system, decoded: bool):
   return source
 
 
-def _compile(compiled: CompiledStep, run: Run, batch: Any) -> float:
-  """Compiles the step, says what it needs, and returns its FLOPs."""
-  state = run.plan.abstract_state
-  _say("compiling the step; a minute or so, and longer for large networks")
-  memory = compiled.memory(state, batch)
-  flops = compiled.flops(state, batch)
-  peak = f", {memory['peak'] / 2**20:,.0f} MiB a device" if memory else ""
-  _say(f"step compiled in {compiled.compile_seconds:.1f} s: {flops:.3g} FLOPs{peak}")
+def _compile(compiled: CompiledStep, run: Run, batches: list[tuple[Any, float]]) -> float:
+  """Compiles the step for each shape of batch, says what it needs, and returns its mean FLOPs.
+
+  All before the first step: hosts that compiled on the way would wait for each other.
+  """
+  state, peak, flops = run.plan.abstract_state, 0, 0.0
+  several = f" for {len(batches)} shapes of pictures" if len(batches) > 1 else ""
+  _say(f"compiling the step{several}; a minute or so{' each' if several else ''}, and longer for "
+       "large networks")
+  for batch, share in batches:
+    peak = max(peak, compiled.memory(state, batch).get("peak", 0))
+    flops += share * compiled.flops(state, batch)
+  needs = f", {peak / 2**20:,.0f} MiB a device" if peak else ""
+  _say(f"step compiled{several} in {compiled.compile_seconds:.1f} s: {flops:.3g} FLOPs{needs}")
   return flops
 
 

@@ -51,6 +51,8 @@ def write_latents(
     sources[split] = data.open_source(
       given.name, split, resolution, config.seed, given.options.to_dict()
     )
+    if sources[split].buckets is not None:
+      raise UserError(f"latents are of squares; leave data.options.{data.BUCKETS} out")
     if isinstance(sources[split], FileSource) and sources[split].varies:
       raise UserError(f"data set '{given.name}' shows another part of a picture each time, and "
                       "latents are of one; set data.options.crop=centre (and captions=each)")

@@ -1,5 +1,7 @@
 """Where config files begin: a system's sections on a data set, with what suits its captions."""
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from t2i_jax import data, systems
@@ -67,8 +69,51 @@ def label(config: ConfigDict) -> tuple[tuple[str, int], ...]:
   return tuple(labels.items())
 
 
-def tiny(config: ConfigDict) -> None:
-  """Makes a config's run one of a few steps, of which tests and first tries see every part."""
+def text_or_labels(config: ConfigDict, encoder: str, labels: bool) -> None:
+  """Sets what a transformer is conditioned on.
+
+  Args:
+    config: to be changed.
+    encoder: `text.encoder`; if "", one that is trained with it on scenes and emoji, else a
+      component.
+    labels: whether the data set's labels are told in place of a text, where it has some.
+  """
+  default = "transformer" if config.data.name in ("scenes", "emoji") else "component"
+  config.text.encoder = encoder or default
+  known = data.labels(config.data.name)
+  if labels and known:
+    config.data.options.labels = True
+    config.model.update(classes=tuple(known.items()), label_drop=0.1)
+    config.text.encoder = "none"
+
+
+def small(config: ConfigDict, **text: Any) -> None:
+  """Makes a diffusion config's run one of an hour on two CPU cores.
+
+  Args:
+    config: to be changed.
+    **text: of an encoder that is trained with it, beside its size.
+  """
+  if config.text.encoder == "transformer":
+    config.text.update(width=64, heads=2, **text)
+  config.train.update(duration="6000 steps", batch_size=16)
+  config.optimizer.update(
+    name="muon", learning_rate=3e-3, b2=0.99, weight_decay=0.01, schedule="cosine",
+    warmup="50 steps", multipliers=SLOW_TEXT,
+  )
+  config.ema.decay = 0.999
+  config.sample.options.steps = 25
+
+
+def tiny(config: ConfigDict, text: bool = False) -> None:
+  """Makes a config's run one of a few steps, of which tests and first tries see every part.
+
+  Args:
+    config: to be changed.
+    text: whether a text encoder that is trained with it is made tiny too.
+  """
+  if text and config.text.encoder == "transformer":
+    config.text.update(width=32, layers=1, heads=2, vocab_size=300, length=40)
   config.train.update(duration="4 steps", batch_size=8)
   config.optimizer.warmup = "2 steps"
   config.sample.count = 4

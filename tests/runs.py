@@ -23,14 +23,13 @@ TIMES = ("time", "steps_per_second", "examples_per_second", "flops_per_second", 
 
 @pytest.fixture(scope="module")
 def compiled_programs(tmp_path_factory):
-  """Programs are optimised little and kept on disk for all modules, so that each compiles once."""
+  """Programs are kept on disk for all modules, so that each compiles once."""
   from jax.experimental.compilation_cache import compilation_cache
 
   cache = tmp_path_factory.getbasetemp() / "cache"
   settings = {
     "jax_compilation_cache_dir": str(cache / "compiled"),
     "jax_persistent_cache_min_compile_time_secs": 0.0,
-    "jax_disable_most_optimizations": True,
   }
   before = {name: jax.config.values[name] for name in settings}
   for name, value in settings.items():
@@ -44,10 +43,11 @@ def compiled_programs(tmp_path_factory):
   compilation_cache.reset_cache()
 
 
-def config_of(path, **overrides):
+def config_of(path, dataset="scenes", **overrides):
   """`size=tiny` of a config; `train__duration=3` sets `train.duration`."""
   given = {key.replace("__", "."): str(value) for key, value in overrides.items()}
-  return configs.load_config(f"{path}:size=tiny", given)
+  chosen = "" if dataset == "scenes" else f",dataset={dataset}"
+  return configs.load_config(f"{path}:size=tiny{chosen}", given)
 
 
 def train_on(config, workdir, devices=1):

@@ -156,6 +156,7 @@ def module_classes(path, size):
   return seen
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("path, size", CASES)
 def test_tiny_has_the_parts_of_every_size(path, size):
   """It differs from a published size in numbers only."""

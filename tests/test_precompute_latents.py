@@ -70,7 +70,7 @@ def cache(first, photos, tmp_path_factory):
 @pytest.fixture
 def no_decoding(monkeypatch):
   """From now on a picture that is decoded is an error."""
-  return lambda: monkeypatch.setattr("t2i_jax.data.folder.decode", lambda *given: 1 / 0)
+  return lambda: monkeypatch.setattr("t2i_jax.data.sets.pictures.decode", lambda *given: 1 / 0)
 
 
 def test_what_is_stored_is_what_the_first_stage_says(first, photos, cache):
@@ -344,8 +344,15 @@ def test_only_the_first_stage_is_loaded(first, photos, tmp_path):
   assert precompute_latents.LatentCache(tmp_path / "cache", "train").variants == 1
 
 
-def test_there_are_none_of_pictures_that_vary(photos, tmp_path, monkeypatch):
-  monkeypatch.setattr("t2i_jax.data.folder.Folder.varies", True)
-  with pytest.raises(UserError, match="shows another part of a picture each time, and latents are"):
-    write_latents(on_folder("nowhere", photos), tmp_path / "latents", (), "float16")
+@pytest.mark.parametrize("option, value, message", [
+  ("crop", "random", "shows another part of a picture each time, and latents are"),
+  ("buckets", "8", "latents are of squares; leave data.options.buckets out"),
+])  # fmt: skip
+def test_there_are_none_of_pictures_that_vary(
+  photos, tmp_path, monkeypatch, option, value, message
+):
+  monkeypatch.setenv("T2I_CACHE", str(tmp_path / "cache"))
+  given = on_folder("nowhere", photos, **{f"data__options__{option}": value})
+  with pytest.raises(UserError, match=message):
+    write_latents(given, tmp_path / "latents", (), "float16")
   assert not (tmp_path / "latents").exists()

@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,11 @@ def new_file(name: str) -> Path:
   if path.exists():
     raise UserError(f"'{path}' is there already, so it is not written to; choose another")
   return path
+
+
+def begun(prefix: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
+  """Tensors by names that begin so, as those of a part do in the file of a whole model."""
+  return {prefix + name: tensor for name, tensor in tensors.items()}
 
 
 @contextlib.contextmanager

@@ -61,9 +61,11 @@ def open_folder(folder: Path) -> Autoencoder:
   return Autoencoder(options, open_weights(folder), str(folder))
 
 
-def open_tensors(tensors: Tensors, source: str, resolution: int, scale: float) -> Autoencoder:
+def open_tensors(
+  tensors: Tensors, source: str, resolution: int, scale: float, shift: float = 0.0
+) -> Autoencoder:
   """The autoencoder among the tensors of a file, which says neither resolution nor scale."""
-  options = {**maps.options_of(tensors), "groups": 32, "shift": 0.0}
+  options = {**maps.options_of(tensors), "groups": 32, "shift": shift}
   return Autoencoder({**options, "resolution": resolution, "scale": scale}, tensors, source)
 
 

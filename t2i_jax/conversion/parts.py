@@ -12,15 +12,14 @@ from ml_collections import ConfigDict
 
 from t2i_jax import assembly, export, recipe
 from t2i_jax.conversion import blamed, dtype_of
+from t2i_jax.conversion.networks import Network
 from t2i_jax.errors import UserError
-from t2i_jax.networks.unet import UNet
 from t2i_jax.systems import base
 from t2i_jax.systems.conditioning import GROUP
 from t2i_jax.systems.diffusion.denoiser import DENOISER
 from t2i_jax.systems.diffusion.ldm import FIRST_STAGE, LATENTS
 from t2i_jax.text.tokenizer import Tokenizers
 from t2i_jax.weights.stored import Tensors
-from t2i_jax.weights.unet_single_file import map_of
 
 # A first stage's part and the encoders' are exports of their own while a model is put together.
 Exports = Mapping[str, Path]
@@ -35,22 +34,26 @@ class Model:
   """What a latent diffusion model is made of.
 
   Attributes:
-    system: "ldm", "stable_diffusion" or "sdxl".
-    options: of its U-Net, as `weights.unet` has them.
-    tensors: of its U-Net, under either's names.
+    system: "ldm", "stable_diffusion", "sdxl", "sd3", "dit" or "u_vit".
+    network: the kind of its denoiser.
+    options: of its denoiser, as `weights.unet` or `weights.transformer_config` has them.
+    tensors: of its denoiser, under anyone's names.
     process: settings of `model`, as of `schedulers.process_of`.
     sampling: sampling options.
     text: settings of `text`.
     source: where it is, for errors.
+    scale: of its latents, where it is not the first stage's own.
   """
 
   system: str
+  network: Network
   options: Mapping[str, Any]
   tensors: Tensors
   process: Mapping[str, Any]
   sampling: Mapping[str, Any]
   text: Mapping[str, Any]
   source: str
+  scale: float = 0.0
 
 
 def write(
@@ -89,10 +92,12 @@ def write(
       lambda batch, frozen: system.init(jax.random.key(0), batch, frozen),
       assembly.abstract_batch(system, 2), frozen,
     )  # fmt: skip
-  params = map_of(model.tensors, model.options).stored(
+  params = model.network.map_of(model.tensors, model.options).stored(
     model.tensors, abstract["params"][DENOISER], source=model.source, dtype=dtype_of(dtype)
   )
-  measured = {name: np.float32(first_stage[name]) for name in ("scale", "shift")}
+  measured = {
+    name: np.float32(config.model[f"latent_{name}"]) for name in ("scale", "shift")
+  }
   variables = base.merge(
     variables, {"params": {DENOISER: params}, LATENTS: {DENOISER: measured}}
   )
@@ -106,13 +111,15 @@ def _config(model: Model, first_stage: ConfigDict, resolution: int) -> ConfigDic
   factor = 2 ** (len(first_stage.multipliers) - 1)
   resolution = resolution or factor * model.options["resolution"] or first_stage.resolution
   config = recipe.base(model.system, "folder")
-  names = set(config.model) & {field.name for field in dataclasses.fields(UNet)}
+  settings = model.network.settings(model.options)
+  config.model.update({name: settings[name] for name in settings if name in config.model})
   config.model.update(
-    {name: model.options[name] for name in names if name in model.options}, resolution=resolution,
-    latent_scale=first_stage.scale, latent_shift=first_stage.shift,
-    weighting=model.process["prediction"], **model.process,
+    resolution=resolution, latent_scale=model.scale or first_stage.scale,
+    latent_shift=first_stage.shift, weighting=model.process["prediction"],
+    learned_variance=model.options["out_channels"] == 2 * model.options["in_channels"],
+    **model.process,
   )  # fmt: skip
-  config.text.update(encoder="component", **model.text)
+  config.text.update({"encoder": "component", **model.text})
   config.sample.options.update(model.sampling)
   return config
 
@@ -128,23 +135,23 @@ def workplace(output: str) -> tempfile.TemporaryDirectory:
 
 
 def _check_network(system: Any, model: Model) -> None:
-  """Raises where the system's U-Net differs from the public one in what no config says."""
+  """Raises where the system's network differs from the public one in what no config says."""
   options = model.options
   latents = system.shape[-1]
   if options["in_channels"] != latents:
     found = options["in_channels"]
-    raise UserError(f"{model.source}: its U-Net reads {found} channels and its latents have "
+    raise UserError(f"{model.source}: its network reads {found} channels and its latents have "
                     f"{latents}: a model for {_USES.get(found, 'inpainting or upscaling')}, which "
                     "is not known; only models that draw from noise and a text are")
   for name, ours in network_options(system, latents).items():
     if name in options and ours != options[name]:
-      raise UserError(f"{model.source}: a {model.system} whose U-Net has {name}={options[name]} is "
-                      f"not known, only with {ours}")
+      raise UserError(f"{model.source}: a {model.system} whose network has {name}={options[name]} "
+                      f"is not known, only with {ours}")
 
 
 def network_options(system: Any, latents: int) -> dict[str, Any]:
-  """The attributes of a system's U-Net, which reads so many channels."""
+  """The attributes of a system's network, which reads so many channels."""
   network = system.network
-  options = {field.name: getattr(network, field.name) for field in dataclasses.fields(UNet)}
+  options = {field.name: getattr(network, field.name) for field in dataclasses.fields(network)}
   # 0 is as many as it reads.
   return {**options, "out_channels": network.out_channels or latents}

@@ -71,6 +71,14 @@ CLASSES = {
      "solver_p": None},
   ),
 }  # fmt: skip
+# Of rectified flow.
+FLOWS = {"FlowMatchEulerDiscreteScheduler": "flow_euler",
+         "FlowMatchHeunDiscreteScheduler": "flow_heun"}  # fmt: skip
+_FLOW = {
+  "num_train_timesteps": STEPS, "use_dynamic_shifting": False, "invert_sigmas": False,
+  "shift_terminal": None,
+}  # fmt: skip
+_FLOW_SAMPLING = {**_SIGMAS, "use_karras_sigmas": False, "stochastic_sampling": False}
 _VARIANCES = {"fixed_small": "small", "fixed_large": "large", "learned_range": "learned"}
 _DPM = {
   (2, "dpmsolver++"): "dpmpp_2m", (2, "sde-dpmsolver++"): "dpmpp_2m_sde",
@@ -84,6 +92,12 @@ def process_of(published: Mapping[str, Any], source: str) -> dict[str, Any]:
   Raises:
     UserError: it has a process that is not known; `source` is named.
   """
+  if published.get("_class_name") in FLOWS:
+    for name, value in _FLOW.items():
+      if (published.get(name, value) or None) != (value or None):
+        raise UserError(f"{source}: a scheduler with {name}={published[name]} is not known, only "
+                        f"with {value}")
+    return {"schedule": "flow", "prediction": "flow", "shift": float(published.get("shift", 1.0))}
   schedule = published.get("beta_schedule", "linear")
   prediction = published.get("prediction_type", "epsilon")
   for name, value, known in (
@@ -112,6 +126,13 @@ def options_of(published: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
   Every process can be sampled otherwise than its config says: what is not known is no error.
   """
   kind = published.get("_class_name")
+  if kind in FLOWS:
+    # Down to the least noise, and then to none.
+    options = {"solver": FLOWS[kind], "spacing": "linspace"}
+    for name, value in _FLOW_SAMPLING.items():
+      if published.get(name, value) != value:
+        return options, f"{kind} with {name}={published[name]} is not known, it is left out"
+    return options, ""
   if kind not in CLASSES:
     return _instead(kind)
   known = CLASSES[kind]
@@ -156,6 +177,11 @@ def to_diffusers(model: Mapping[str, Any], options: Mapping[str, Any]) -> dict[s
   Raises:
     UserError: diffusers' schedulers have no such process.
   """
+  if (model["schedule"], model["prediction"]) == ("flow", "flow"):
+    kinds = {ours: theirs for theirs, ours in FLOWS.items()}
+    shift = 1.0 if model["shift"] is None else model["shift"]
+    kind = kinds.get(options["solver"], kinds["flow_euler"])
+    return {"_class_name": kind, "num_train_timesteps": STEPS, "shift": shift}
   schedules = {ours: theirs for theirs, ours in SCHEDULES.items()}
   predictions = {ours: theirs for theirs, ours in PREDICTIONS.items()}
   for name, known in (("schedule", schedules), ("prediction", predictions)):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from t2i_jax import config as configs
-from t2i_jax.conversion import autoencoder, new_file, parts, text
+from t2i_jax.conversion import autoencoder, begun, new_file, parts, text
 from t2i_jax.conversion.models import Held
 from t2i_jax.conversion.pipelines import FORMS
 from t2i_jax.errors import UserError
@@ -131,8 +131,9 @@ def convert(
   }  # fmt: skip
   form = FORMS[kind.system]
   model = parts.Model(
-    kind.system, unets.options_of(tensors), tensors, process, kind.sampling, form.text, str(path)
-  )
+    kind.system, form.network, unets.options_of(tensors), tensors, process, kind.sampling,
+    form.text, str(path),
+  )  # fmt: skip
   with parts.workplace(output) as place:
     found = autoencoder.open_tensors(tensors, str(path), resolution, kind.scale)
     components = {FIRST_STAGE: autoencoder.write(f"{place}/{FIRST_STAGE}", found, dtype)}
@@ -152,13 +153,13 @@ def write(held: Held, output: str) -> Path:
   """
   path = new_file(output)
   names = unets.single_file_map(held.options, not linear_projections(held.options))
-  tensors = _begun(unets.SINGLE_FILE, names.save(held.denoiser))
+  tensors = begun(unets.SINGLE_FILE, names.save(held.denoiser))
   stage = {name: held.first_stage.params[name] for name in autoencoder.GROUPS}
-  tensors |= _begun(autoencoders.SINGLE_FILE, autoencoders.single_file_map().save(stage))
+  tensors |= begun(autoencoders.SINGLE_FILE, autoencoders.single_file_map().save(stage))
   for name, encoder in held.encoders.items():
     if encoder.config.model.kind == "ldm":
       layers = held.published(name)["encoder_layers"]
-      tensors |= _begun(CLIP, ldm_text_map(layers).save(encoder.params["encoder"]))
+      tensors |= begun(CLIP, ldm_text_map(layers).save(encoder.params["encoder"]))
       continue
     if encoder.config.model.kind != "clip":
       raise UserError(f"no model in one file is known whose {name} is of kind "
@@ -171,9 +172,9 @@ def write(held: Held, output: str) -> Path:
       prefix = OPEN_CLIP if of_open_clip else CLIP
     params = encoder.params["encoder"]
     named = (OPEN_CLIP_TEXT if of_open_clip else CLIP_TEXT).save(params)
-    tensors |= _begun(prefix, named)
+    tensors |= begun(prefix, named)
     if prefix == OPEN_CLIP:
-      tensors |= _begun(prefix, _unread(named))
+      tensors |= begun(prefix, _unread(named))
   write_safetensors(path, tensors)
   return path
 
@@ -198,9 +199,6 @@ def _kind(tensors: Tensors, path: Path) -> Kind:
 def _begins(prefix: str):
   return lambda name: name.startswith(prefix)
 
-
-def _begun(prefix: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
-  return {prefix + name: tensor for name, tensor in tensors.items()}
 
 
 def _encoder(tensors: Tensors, prefix: str, source: str, kind: Kind) -> text.Encoder:

@@ -22,6 +22,7 @@ from t2i_jax.text.tokenizer import Tokenizer, Tokenizers
 from t2i_jax.weights import text_encoders as maps
 from t2i_jax.weights.key_map import KeyMap
 from t2i_jax.weights.safetensors_file import write_safetensors
+from t2i_jax.weights.stacked import number_of, shapes_of
 from t2i_jax.weights.stored import Tensors, open_weights
 
 # model_type of a Hugging Face config.json, and the kind of encoder that it is.
@@ -136,14 +137,38 @@ def clip(tensors: Tensors, activation: str, source: str) -> Encoder:
     raise UserError(f"{source} holds no text encoder of CLIP: {', '.join(missing)} missing")
   (vocabulary, width), (positions, _), (hidden, _) = (tensors[name].shape for name in needed)
   layers = {name.split(".")[3] for name in tensors if name.startswith(f"{tower}encoder.layers.")}
+  projection = "text_projection.weight"
   published = {
     "model_type": "clip_text_model", "hidden_size": width, "num_hidden_layers": len(layers),
     "num_attention_heads": max(width // 64, 1), "intermediate_size": hidden,
     "hidden_act": activation, "vocab_size": vocabulary, "max_position_embeddings": positions,
-    "bos_token_id": vocabulary - 2, "eos_token_id": vocabulary - 1, "projection_dim": width,
+    "bos_token_id": vocabulary - 2, "eos_token_id": vocabulary - 1,
+    "projection_dim": tensors[projection].shape[0] if projection in tensors else width,
     "layer_norm_eps": EPSILON,
   }  # fmt: skip
   return Encoder("clip", published, MAPS["clip"], tensors, source, source)
+
+
+def t5(tensors: Tensors, source: str) -> Encoder:
+  """T5's encoder under transformers' names, whose config.json is not at hand.
+
+  Raises:
+    UserError: a tensor without which there is no encoder is missing.
+  """
+  block = "encoder.block.0.layer."
+  attention = f"{block}0.SelfAttention."
+  wide = next((n for n in ("wi_0", "wi") if f"{block}1.DenseReluDense.{n}.weight" in tensors), "wi")
+  (vocabulary, width), (inner, _), (buckets, heads), (hidden, _) = shapes_of(tensors, (
+    "shared.weight", f"{attention}q.weight", f"{attention}relative_attention_bias.weight",
+    f"{block}1.DenseReluDense.{wide}.weight",
+  ), f"T5 in {source}")  # fmt: skip
+  published = {
+    "model_type": "t5", "d_model": width, "d_kv": inner // heads, "num_heads": heads,
+    "d_ff": hidden, "num_layers": number_of(tensors, "encoder.block."), "vocab_size": vocabulary,
+    "relative_attention_num_buckets": buckets, "relative_attention_max_distance": 128,
+    "feed_forward_proj": "gated-gelu" if wide == "wi_0" else "relu", "layer_norm_epsilon": 1e-6,
+  }  # fmt: skip
+  return Encoder("t5", published, MAPS["t5"], tensors, source, source)
 
 
 def ldm(tensors: Tensors, source: str) -> Encoder:

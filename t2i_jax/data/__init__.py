@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from t2i_jax.data.base import Source
+from t2i_jax.data.buckets import shapes_of
 from t2i_jax.errors import UserError, unknown
 
 DATASETS = {
@@ -46,6 +47,8 @@ LABELLED = {
 ATTRIBUTES = ("colour", "shape", "size", "count", "position", "all")
 
 _COMMON = ("split", "resolution", "seed", "log_dir")
+# The option of all sets that have `FileSource.has_buckets`: see `buckets.shapes_of`.
+BUCKETS = "buckets"
 
 
 def _find(name: str) -> tuple[ModuleType, type[Source]]:
@@ -101,8 +104,10 @@ def default_options(name: str) -> dict[str, Any]:
   Raises:
     UserError: no such data set.
   """
-  parameters = inspect.signature(_find(name)[1]).parameters
-  return {k: p.default for k, p in parameters.items() if k not in _COMMON}
+  dataset = _find(name)[1]
+  parameters = inspect.signature(dataset).parameters
+  options = {k: p.default for k, p in parameters.items() if k not in _COMMON}
+  return options | ({BUCKETS: ()} if getattr(dataset, "has_buckets", False) else {})
 
 
 def open_source(
@@ -132,6 +137,10 @@ def open_source(
     if option not in known:
       raise unknown(f"option of data set '{name}'", option, known)
   arguments = dict(options or {})
+  buckets = arguments.pop(BUCKETS, ())
   if "log_dir" in inspect.signature(dataset).parameters:
     arguments["log_dir"] = log_dir
-  return dataset(split=split, resolution=resolution, seed=seed, **arguments)
+  source = dataset(split=split, resolution=resolution, seed=seed, **arguments)
+  if buckets:
+    source.bucket(shapes_of(buckets, resolution))
+  return source

@@ -9,9 +9,12 @@ import abc
 import dataclasses
 import hashlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
+
+from t2i_jax.data.buckets import Buckets, Shape
+from t2i_jax.errors import UserError
 
 # Rows whose captions are looked at to tell one data set from another.
 _DESCRIBED = 1024
@@ -31,7 +34,7 @@ class Rows:
   """Some rows of a source, decoded.
 
   Attributes:
-    image: uint8 [n, R, R, 3], RGB; None where something in `extra` takes its place.
+    image: uint8 [n, H, W, 3], RGB; None where something in `extra` takes its place.
     captions: n strings, one drawn for each row.
     extra: further arrays with leading axis n (`label`, `size`, `crop`...);
       each becomes a key of the batch.
@@ -51,11 +54,14 @@ class Source(abc.ABC):
       then neither shuffles nor counts epochs.
     weights: probabilities [len] by which an epoch is drawn (with replacement),
       or None for a permutation of all rows.
+    buckets: which rows have pictures of which shape, or None where all are squares;
+      the rows that are fetched together are then of one bucket.
   """
 
   resolution: int
   infinite: bool = False
   weights: np.ndarray | None = None
+  buckets: Buckets | None = None
 
   @abc.abstractmethod
   def __len__(self) -> int:
@@ -108,18 +114,37 @@ class FileSource(Source):
       that it cannot be decoded once for all.
     mirrors: whether draws mirror pictures at all.
     quick: whether `describe` is answered without opening files.
+
+  Class attributes:
+    has_buckets: whether `bucket` can be called, which the data set's option `buckets` does.
   """
 
   varies: bool = False
   mirrors: bool = False
   quick: bool = False
+  has_buckets: ClassVar[bool] = False
+
+  def bucket(self, shapes: tuple[Shape, ...]) -> None:
+    """Gives each row's picture the one of these shapes, (height, width), that suits it best.
+
+    Raises:
+      UserError: this data set's pictures are squares.
+    """
+    raise UserError(f"the pictures of {type(self).__name__} are squares; leave option buckets out")
+
+  def substitute(self, index: int, number: int) -> int:
+    """The row that is taken in place of one that cannot be read, by a random number."""
+    if self.buckets is None:
+      return number % len(self)
+    rows = self.buckets.rows(int(self.buckets.of[index]))
+    return int(rows[number % len(rows)])
 
   @abc.abstractmethod
   def image(self, index: int) -> np.ndarray:
-    """Row's picture, uint8 [R, R, 3] RGB."""
+    """Row's picture, uint8 [H, W, 3] RGB: [R, R, 3], or of its bucket's shape."""
 
   def drawn(self, index: int, draw: int) -> np.ndarray:
-    """Row's picture as its draw crops it, uint8 [R, R, 3]; `image` by default."""
+    """Row's picture as its draw crops it, uint8 [H, W, 3]; `image` by default."""
     return self.image(index)
 
   def mirrored(self, index: int, draw: int) -> bool:
@@ -127,7 +152,7 @@ class FileSource(Source):
     return False
 
   def shown(self, index: int, draw: int) -> np.ndarray:
-    """Row's picture as its draw has it, uint8 [R, R, 3]."""
+    """Row's picture as its draw has it, uint8 [H, W, 3]."""
     image = self.drawn(index, draw)
     return image[:, ::-1] if self.mirrored(index, draw) else image
 

@@ -1,4 +1,4 @@
-"""Picture files and bytes to square uint8 RGB arrays, and what cannot be read.
+"""Picture files and bytes to uint8 RGB arrays, and what cannot be read.
 
 Pillow's plain `convert("RGB")` is wrong for several modes found in the wild:
 16-bit grey is clipped to white, transparency shows whatever colour lies under
@@ -64,13 +64,18 @@ def to_rgb(image: Image.Image, background: tuple[int, int, int] = (255, 255, 255
   return image.convert("RGB")
 
 
+def side_lengths(size: int | tuple[int, int]) -> tuple[int, int]:
+  """Height and width of a size; one number is a square's side."""
+  return (size, size) if isinstance(size, int) else size
+
+
 def resize_and_crop(
   image: Image.Image,
-  resolution: int,
+  size: int | tuple[int, int],
   part: Sequence[float] = WHOLE,
   place: tuple[float, float] = CENTRE,
 ) -> np.ndarray:
-  """RGB picture to uint8 [R, R, 3]: the shorter side becomes R, then a square is cut out.
+  """RGB picture to uint8 [H, W, 3]: resized until it just covers that, of which a box is cut out.
 
   Resampling is Pillow's bicubic, whose support grows with the reduction, which is
   what antialiases. The crop is taken before the resize, as a box in source
@@ -78,24 +83,27 @@ def resize_and_crop(
 
   Args:
     image: the picture.
-    resolution: R.
+    size: height and width, H and W, or the side of a square.
     part: of the picture that is looked at: top, left, bottom, right, as fractions.
-    place: of the square in that part, down and across: 0 at its beginning, 1 at its end.
+    place: of the box in that part, down and across: 0 at its beginning, 1 at its end.
   """
+  height, width = side_lengths(size)
   top, left, bottom, right = np.multiply(part, (*image.size[::-1], *image.size[::-1])).tolist()
-  side = min(right - left, bottom - top)
-  x = left + (right - left - side) * place[1]
-  y = top + (bottom - top - side) * place[0]
-  box = (x, y, x + side, y + side)
+  pixels = min((bottom - top) / height, (right - left) / width)  # of the source, for each of ours
+  y = top + (bottom - top - pixels * height) * place[0]
+  x = left + (right - left - pixels * width) * place[1]
+  box = (x, y, x + pixels * width, y + pixels * height)
   if tuple(part) != WHOLE:
     # Pillow's filter reaches over a box's edges, into what is not to be looked at.
     # Fractions are rounded: a thousandth of a pixel is none.
     edges = (math.floor(left + 1e-3), math.floor(top + 1e-3), math.ceil(right - 1e-3),
              math.ceil(bottom - 1e-3))
     image = image.crop(edges)
-    box = tuple(np.clip(np.subtract(box, edges[:2] * 2), 0, image.size * 2).tolist())
-  if image.size != (resolution, resolution) or box != (0, 0, *image.size):
-    image = image.resize((resolution, resolution), Image.Resampling.BICUBIC, box=box)
+    box = tuple(np.subtract(box, edges[:2] * 2).tolist())
+  # Rounding may put an edge outside by less than that; Pillow refuses it.
+  box = tuple(np.clip(box, 0, image.size * 2).tolist())
+  if image.size != (width, height) or box != (0, 0, *image.size):
+    image = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
   return np.asarray(image)
 
 
@@ -127,16 +135,21 @@ def _name(source: str | os.PathLike | bytes) -> str:
 
 def decode(
   source: str | os.PathLike | bytes,
-  resolution: int,
+  size: int | tuple[int, int],
   part: Sequence[float] = WHOLE,
   place: tuple[float, float] = CENTRE,
 ) -> np.ndarray:
-  """A picture file, or its bytes, as uint8 [R, R, 3] RGB.
+  """A picture file, or its bytes, as uint8 [H, W, 3] RGB.
 
   The camera's rotation tag is applied, transparency is laid over white, the
-  shorter side is resized to `resolution` (bicubic, antialiased) and the
+  picture is resized (bicubic, antialiased) until it just covers `size`, and its
   centre is cropped, or what `part` and `place` say (see `resize_and_crop`). Of
   an animation the first frame is taken.
+
+  Args:
+    source: the file, or its bytes.
+    size: H and W, or the side of a square.
+    part, place: as of `resize_and_crop`.
 
   Raises:
     BadImage: missing, empty, truncated, corrupt, of an unknown format, or
@@ -146,47 +159,30 @@ def decode(
     with open_picture(source) as image:
       # JPEG can be decoded at 1/2, 1/4 or 1/8; the resize is left twice the size.
       if image.format == "JPEG":
-        least = math.ceil(2 * resolution / min(part[2] - part[0], part[3] - part[1]))
-        image.draft(None, (least, least))
+        least = [math.ceil(2 * side / (part[n + 2] - part[n]))
+                 for n, side in enumerate(side_lengths(size))]
+        image.draft(None, tuple(least if lay_on_its_side(image) else least[::-1]))
       image.load()
       rgb = to_rgb(ImageOps.exif_transpose(image))
   except Exception as error:
     raise BadImage(_name(source), reason_of(error)) from error
-  return resize_and_crop(rgb, resolution, part, place)
+  return resize_and_crop(rgb, size, part, place)
 
 
-def check_header(source: str | os.PathLike | bytes) -> None:
-  """Opens a picture without decoding its pixels.
+def lay_on_its_side(image: Image.Image) -> bool:
+  """Whether a picture is looked at turned by a quarter, as far as what has been read of it says."""
+  # Not PNG's own method, which decodes the whole picture to find tags behind the pixels.
+  return Image.Image.getexif(image).get(0x0112, 1) >= 5
+
+
+def size_of(source: str | os.PathLike | bytes) -> tuple[int, int]:
+  """Height and width of a picture as it is looked at, from its header.
 
   Raises:
     BadImage: missing, empty, of an unknown format, or too large.
   """
   try:
-    with open_picture(source):
-      pass
-  except Exception as error:
-    raise BadImage(_name(source), reason_of(error)) from error
-
-
-def size_and_crop(source: str | os.PathLike | bytes, resolution: int) -> tuple[np.ndarray, ...]:
-  """What `decode` has to make a square of: a picture's size, and what it cuts off.
-
-  Podell et al. 2023, section 2.2. The pixels are not decoded.
-
-  Returns:
-    int32 [2], height and width as the picture is looked at; int32 [2], the rows and columns cut
-    off at the top and left, of the picture resized so that its shorter side is `resolution`.
-
-  Raises:
-    BadImage: as `check_header`.
-  """
-  try:
     with open_picture(source) as image:
-      width, height = image.size
-      if image.getexif().get(0x0112, 1) >= 5:  # the camera lay on its side
-        width, height = height, width
+      return image.size if lay_on_its_side(image) else image.size[::-1]
   except Exception as error:
     raise BadImage(_name(source), reason_of(error)) from error
-  scale = resolution / min(width, height)
-  crop = [round((side * scale - resolution) / 2) for side in (height, width)]
-  return np.array([height, width], np.int32), np.array(crop, np.int32)

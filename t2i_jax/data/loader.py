@@ -1,4 +1,4 @@
-"""Batches from sources: which row comes when, on which host, and in what state.
+"""Batches from sources: which rows are in them, on which host, and in what state.
 
 The order is a pure function of (seed, epoch, global row), and a loader's whole
 state is one integer, the number of examples that all hosts together have
@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from t2i_jax.data.base import FileSource, Rows, Source
+from t2i_jax.data.buckets import Shape
 from t2i_jax.data.images import BadImage
+from t2i_jax.data.order import BucketedOrder, Order, draws_at, order_of
 from t2i_jax.errors import UserError
 
 # Captions to a batch's `text`, or to its `text_embedding`.
@@ -24,65 +26,6 @@ Batch = dict[str, np.ndarray | dict]
 _SUBSTITUTES = 64
 # Elements of the virtual data set behind grain: more batches than any run takes.
 _ENDLESS = 2**40
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-  """The finalizer of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014, section 4)."""
-  x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-  x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-  return x ^ (x >> np.uint64(31))
-
-
-def draws_at(seed: int, positions: np.ndarray) -> np.ndarray:
-  """A uint64 random number for each global position [n], a pure function of both."""
-  gamma = np.uint64(0x9E3779B97F4A7C15)
-  start = _mix(np.array([seed], np.int64).view(np.uint64) + gamma)
-  return _mix(start + (np.asarray(positions).astype(np.uint64) + np.uint64(1)) * gamma)
-
-
-class Order:
-  """Which row of a source stands at a global position.
-
-  Position p lies in epoch p // N; each epoch is a permutation of all N rows, or
-  N draws with replacement where the source has weights. Rows of an infinite
-  source are their own positions.
-  """
-
-  def __init__(self, seed: int, source: Source):
-    self.seed = seed
-    self.length = len(source)
-    self.infinite = source.infinite
-    self.weights = source.weights
-    self._epochs: dict[int, np.ndarray] = {}
-    if not self.infinite and self.length == 0:
-      raise UserError("the data set has no rows")
-
-  def epoch(self, epoch: int) -> np.ndarray:
-    """Rows of one epoch in order, int64 [N]."""
-    order = self._epochs.get(epoch)
-    if order is None:
-      rng = np.random.default_rng([self.seed % 2**64, epoch])
-      if self.weights is None:
-        order = rng.permutation(self.length)
-      else:
-        order = rng.choice(self.length, self.length, p=self.weights)
-      # Two epochs meet in one batch. The dict is replaced, never changed, since
-      # several threads read it.
-      self._epochs = {e: o for e, o in self._epochs.items() if abs(e - epoch) <= 1} | {epoch: order}
-    return order
-
-  def __call__(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows (int64 [n]) and draws (uint64 [n]) at global positions (int64 [n])."""
-    positions = np.asarray(positions, np.int64)
-    draws = draws_at(self.seed, positions)
-    if self.infinite:
-      return positions, draws
-    epochs, offsets = np.divmod(positions, self.length)
-    indices = np.empty_like(positions)
-    for epoch in np.unique(epochs):
-      here = epochs == epoch
-      indices[here] = self.epoch(int(epoch))[offsets[here]]
-    return indices, draws
 
 
 def own_rows(batch_size: int, rows: np.ndarray | None) -> np.ndarray:
@@ -100,8 +43,9 @@ def own_rows(batch_size: int, rows: np.ndarray | None) -> np.ndarray:
 
 
 def fetch_rows(source: Source, indices: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, Rows]:
-  """Rows `indices`, and the rows really taken: a picture that cannot be decoded
-  is replaced by another row that follows from its draw, so the same on all hosts.
+  """Rows `indices`, all of one bucket if there are buckets, and the rows really taken: a picture
+  that cannot be decoded is replaced by another row that follows from its draw, so the same on all
+  hosts.
 
   Raises:
     UserError: no substitute could be decoded either.
@@ -116,7 +60,7 @@ def fetch_rows(source: Source, indices: np.ndarray, draws: np.ndarray) -> tuple[
         break
       except BadImage as error:
         last = error
-        taken[n] = draws_at(attempt, draw[None])[0] % np.uint64(len(source))
+        taken[n] = source.substitute(int(indices[n]), int(draws_at(attempt, draw[None])[0]))
     else:
       raise UserError(f"{_SUBSTITUTES} pictures in a row cannot be read, the last is {last}")
   return taken, dataclasses.replace(source.describe(taken, draws), image=np.stack(images))
@@ -135,7 +79,8 @@ def _batch(rows: Rows, indices: np.ndarray, read_text: ReadText) -> Batch:
 class _HostBatches:
   """This host's batches from a position on, as the random access that grain maps."""
 
-  def __init__(self, source: Source, order: Order, batch_size: int, first: np.ndarray):
+  def __init__(self, source: Source, order: Order | BucketedOrder, batch_size: int,
+               first: np.ndarray):
     """`first` holds the global positions of this host's rows in the first batch."""
     self._source, self._order = source, order
     self._batch_size, self._first = batch_size, first
@@ -180,7 +125,8 @@ def _through_grain(batches: _HostBatches, workers: int) -> Iterator:
 class Loader:
   """Endless iterator of this host's numpy batches.
 
-  A batch has `image` uint8 [b, R, R, 3] if the source gives pictures, what `read_text`
+  A batch has `image` uint8 [b, H, W, 3] if the source gives pictures (squares, or all of the shape
+  of one bucket, which is the same on all hosts), what `read_text`
   returns, `index` int32 [b] and the source's further arrays, where b is how many of
   the global batch's B rows this host reads.
 
@@ -211,7 +157,7 @@ class Loader:
     self._source, self._read_text, self._workers = source, read_text, workers
     self._batch_size = batch_size
     self._rows = own_rows(batch_size, rows)
-    self._order = Order(seed, source)
+    self._order = order_of(seed, source, batch_size)
     self._position = 0
     self._peeked: Batch | None = None
     self._fetched: Iterator | None = None
@@ -245,6 +191,15 @@ class Loader:
     self._position += self._batch_size
     return batch
 
+  def shapes(self) -> list[tuple[Shape, float]]:
+    """(height, width) of the pictures of batches, and what share of the batches has each; empty
+    where all are squares."""
+    if not isinstance(self._order, BucketedOrder):
+      return []
+    shares = self._order.shares
+    return [(self._source.buckets.shapes[n], float(shares[n]))
+            for n in self._source.buckets.used if shares[n]]
+
   def state(self) -> dict[str, int]:
     """{"position": examples consumed so far by all hosts together}."""
     return {"position": self._position}
@@ -253,6 +208,9 @@ class Loader:
     """Continues from a `state`, of this or another number of hosts."""
     self.close()
     self._position = int(state["position"])
+    if isinstance(self._order, BucketedOrder):
+      # A whole number of batches, also after a run with batches of another size.
+      self._position = -(-self._position // self._batch_size) * self._batch_size
 
   def close(self) -> None:
     """Ends the workers; a later `next` starts them again."""
@@ -269,17 +227,27 @@ def evaluation_batches(
 ) -> Iterator[Batch]:
   """Every row once, in order: this host's part of each global batch.
 
-  The last batch is filled up with row 0, and `valid` bool [b] is False there,
+  The last batch is filled up with its first row, and `valid` bool [b] is False there,
   as it is for a row whose picture cannot be read. Every host gives the same
-  number of batches. A row's caption is always the same one.
+  number of batches. A row's caption is always the same one. Where there are buckets, each has
+  batches of its own, spread evenly over all of them.
 
   Raises:
     UserError: `rows` are not rows of such a batch.
   """
   own = own_rows(batch_size, rows)
-  for start in range(0, len(source), batch_size):
-    positions = start + own
-    valid = positions < len(source)
-    indices = np.where(valid, positions, 0)
+  for batch in _in_turns(source, batch_size):
+    valid = own < len(batch)
+    indices = batch[np.where(valid, own, 0)]
     taken, rows = fetch_rows(source, indices, draws_at(0, indices))
     yield _batch(rows, indices, read_text) | {"valid": valid & (taken == indices)}
+
+
+def _in_turns(source: Source, batch_size: int) -> Iterator[np.ndarray]:
+  """All rows in batches of one bucket each, of at most `batch_size`."""
+  parts = [np.arange(len(source))]
+  if source.buckets is not None:
+    parts = [source.buckets.rows(bucket) for bucket in source.buckets.used]
+  cut = [(start / len(rows), rows[start : start + batch_size])
+         for rows in parts for start in range(0, len(rows), batch_size)]
+  return (rows for _, rows in sorted(cut, key=lambda batch: batch[0]))

@@ -7,6 +7,7 @@ a few thousand: what fits is decoded once.
 import dataclasses
 import itertools
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from t2i_jax.data.base import FileSource, Rows, Source
+from t2i_jax.data.buckets import Buckets
 from t2i_jax.data.images import BadImage
 from t2i_jax.errors import UserError
 
@@ -38,11 +40,18 @@ class InMemory(Source):
 
   def __init__(self, source: FileSource, progress: Callable[[int, int], None] | None = None):
     total = len(source)
-    images = np.empty((total, source.resolution, source.resolution, 3), np.uint8)
+    buckets = _buckets(source)
+    images = [np.empty((np.count_nonzero(buckets.of == n), *shape, 3), np.uint8)
+              for n, shape in enumerate(buckets.shapes)]
+    # The place of each row among those of its bucket.
+    places = np.empty(total, np.int64)
+    for n in buckets.used:
+      rows = buckets.rows(n)
+      places[rows] = np.arange(len(rows))
 
     def decode(index: int) -> BadImage | None:
       try:
-        images[index] = source.image(index)
+        images[buckets.of[index]][places[index]] = source.image(index)
       except BadImage as error:
         return error
       return None
@@ -58,22 +67,23 @@ class InMemory(Source):
       raise UserError(f"not one of {total} pictures can be read, the first is {errors[0]}")
     if len(kept) < total:
       logging.warning("%d of %d pictures cannot be read and are left out", total - len(kept), total)
-      images = images[kept]
     self.resolution = source.resolution
+    self._buckets, places = buckets.taken(kept), places[kept]
+    self.buckets = None if source.buckets is None else self._buckets
     if source.weights is not None:
       weights = source.weights[kept]
       self.weights = weights / weights.sum()
-    self._images, self._source, self._kept = images, source, kept
+    self._images, self._places, self._source, self._kept = images, places, source, kept
     if not source.quick:
       self._captions = [source.captions_of(int(i)) for i in kept]
       extras = [source.extra_of(int(i)) for i in kept]
       self._extra = {k: np.stack([e[k] for e in extras]) for k in extras[0]}
 
   def __len__(self) -> int:
-    return len(self._images)
+    return len(self._kept)
 
   def fetch(self, indices: np.ndarray, draws: np.ndarray) -> Rows:
-    images = self._images[indices]
+    images = self._images[self._buckets.of[indices[0]]][self._places[indices]]
     if self._source.mirrors:
       for n, (row, draw) in enumerate(zip(self._kept[indices], draws, strict=True)):
         if self._source.mirrored(int(row), int(draw)):
@@ -118,6 +128,19 @@ def in_memory(
   """
   if not isinstance(source, FileSource):
     return source
-  if source.varies or len(source) * source.resolution**2 * 3 > memory_limit:
+  if source.varies or _pixels(_buckets(source)) * 3 > memory_limit:
     return source.checked() if isinstance(source, Checked) else source
   return InMemory(source, progress)
+
+
+def _buckets(source: Source) -> Buckets:
+  """A source's buckets; one of squares where it has none."""
+  if source.buckets is not None:
+    return source.buckets
+  square = (source.resolution, source.resolution)
+  return Buckets((square,), np.zeros(len(source), np.uint8))
+
+
+def _pixels(buckets: Buckets) -> int:
+  counts = np.bincount(buckets.of, minlength=len(buckets.shapes))
+  return sum(int(n) * math.prod(shape) for n, shape in zip(counts, buckets.shapes, strict=True))

@@ -10,6 +10,7 @@ import numpy as np
 from t2i_jax import data
 from t2i_jax.config import typed
 from t2i_jax.data.base import FileSource, digest_of
+from t2i_jax.data.buckets import Buckets, Shape
 from t2i_jax.errors import UserError, unknown
 
 SPLITS = ("train", "held_out")
@@ -32,6 +33,8 @@ class Mixture(FileSource):
     UserError: a part is written wrongly, is made on the fly, or has other arrays than the first.
   """
 
+  has_buckets = True
+
   def __init__(self, split: str = "train", resolution: int = 256, seed: int = 0,
                parts: tuple[str, ...] = ()):
     if split not in SPLITS:
@@ -39,8 +42,8 @@ class Mixture(FileSource):
     if not parts:
       raise UserError("data set 'mixture' needs its option 'parts', such as "
                       "data.options.parts='coco 0.7, folder 0.3 path=photos'")
-    self.resolution = resolution
-    self._parts, shares = [], []
+    self.resolution, self._draws = resolution, split == "train"
+    self._parts, self._shares = [], []
     for part in parts:
       name, share, options = _read(part)
       its = data.splits(name)[0 if split == "train" else 1]
@@ -49,19 +52,25 @@ class Mixture(FileSource):
         raise UserError(f"part '{part}' of the mixture is made on the fly, and has no rows to "
                         "draw; name sets of files")
       self._parts.append(source)
-      shares.append(share)
+      self._shares.append(share)
     self._check_arrays(parts)
-    lengths = [len(source) for source in self._parts]
-    self._starts = np.cumsum([0, *lengths])
-    if split == "train":
-      within = [np.full(n, 1 / n) if source.weights is None else source.weights
-                for n, source in zip(lengths, self._parts, strict=True)]
-      total = sum(shares)
-      self.weights = np.concatenate([s / total * w for s, w in zip(shares, within, strict=True)])
-      self.weights /= self.weights.sum()
+    self._lay_out()
     self.varies = any(source.varies for source in self._parts)
     self.mirrors = any(source.mirrors for source in self._parts)
     self.quick = all(source.quick for source in self._parts)
+
+  def _lay_out(self) -> None:
+    """Puts the parts' rows behind each other."""
+    lengths = [len(source) for source in self._parts]
+    self._starts = np.cumsum([0, *lengths])
+    if self._draws:
+      within = [np.full(n, 1 / n) if source.weights is None else source.weights
+                for n, source in zip(lengths, self._parts, strict=True)]
+      total = sum(self._shares)
+      self.weights = np.concatenate([
+        share / total * weights for share, weights in zip(self._shares, within, strict=True)
+      ])  # fmt: skip
+      self.weights /= self.weights.sum()
 
   def _check_arrays(self, parts: Sequence[str]) -> None:
     first, *others = [{k: (v.shape, v.dtype) for k, v in source.extra(0, 0).items()}
@@ -72,6 +81,12 @@ class Mixture(FileSource):
                         f"pictures, {sorted(first)} and {sorted(other)}; set the same of labels "
                         "and sizes for all")
 
+  def bucket(self, shapes: tuple[Shape, ...]) -> None:
+    for source in self._parts:
+      source.bucket(shapes)  # which may leave out rows whose shape is not known
+    self._lay_out()
+    self.buckets = Buckets(shapes, np.concatenate([s.buckets.of for s in self._parts]))
+
   def __len__(self) -> int:
     return int(self._starts[-1])
 
@@ -81,7 +96,7 @@ class Mixture(FileSource):
     return self._parts[part], index - int(self._starts[part])
 
   def image(self, index: int) -> np.ndarray:
-    """Row's picture, uint8 [R, R, 3]; raises `BadImage`."""
+    """Row's picture, uint8 [H, W, 3]; raises `BadImage`."""
     source, row = self.part_of(index)
     return source.image(row)
 
@@ -137,5 +152,8 @@ def _read(part: str) -> tuple[str, float, dict[str, Any]]:
     key, equals, value = word.partition("=")
     if not equals or key not in defaults:
       raise unknown(f"option of data set '{name}'", key, defaults)
+    if key == data.BUCKETS:
+      raise UserError(f"part '{part}' of the mixture has buckets of its own, and batches are of "
+                      f"all parts; set data.options.{data.BUCKETS} of the mixture")
     options[key] = typed(f"option {key} of part '{part}'", value, defaults[key])
   return name, share, options

@@ -34,6 +34,8 @@ def main(argv: list[str] | None = None) -> None:
     "python -m t2i_jax.data.prepare coco --source=COCO",
     "python -m t2i_jax.data.prepare cub --source=birds --output=/data/prepared --size=304",
     "python -m t2i_jax.data.prepare webdataset --source=laion/shards",
+    "python -m t2i_jax.data.prepare cc12m --source=/shared/cc12m --output=/shared/prepared "
+    "--runner=FlinkRunner --pipeline='--flink_master=HOST:8081 --parallelism=64'",
   )
   parser.add_argument("name", metavar="NAME", help="of the data set")
   parser.add_argument("--source", required=True, metavar="DIR", help="the download, unpacked")
@@ -45,6 +47,12 @@ def main(argv: list[str] | None = None) -> None:
                            "are)")
   parser.add_argument("--workers", type=int, default=os.cpu_count() or 1,
                       help="processes (%(default)s)")
+  parser.add_argument("--runner", default="", metavar="NAME",
+                      help="have an Apache Beam runner do the work in place of processes here: "
+                           "DirectRunner, FlinkRunner, SparkRunner...; its workers must see DIR "
+                           "and --output under the same paths")
+  parser.add_argument("--pipeline", default="", metavar="OPTIONS",
+                      help="Beam's options, such as --pipeline='--flink_master=HOST:8081'")
   command.run(parser, argv, _prepare)
 
 
@@ -53,6 +61,8 @@ def _prepare(flags) -> None:
   if flags.size < 0 or flags.workers < 0:
     raise UserError("--size and --workers are not negative; use 0 for files as they are, and for "
                     "no further processes")
+  if flags.pipeline and not flags.runner:
+    raise UserError(f"--pipeline={flags.pipeline} is of a Beam runner; name it with --runner")
   source = Path(flags.source).expanduser()
   if not source.is_dir():
     raise UserError(f"no directory --source={flags.source}")
@@ -68,7 +78,8 @@ def _prepare(flags) -> None:
   read, module = preparable.load()
   print(f"reading {source}", flush=True)
   listing = read(source)
-  skipped = write(flags.name, listing, module, folder.parent.parent, flags.size, flags.workers)
+  skipped = write(flags.name, listing, module, folder.parent.parent, flags.size, flags.workers,
+                  runner=flags.runner, pipeline=flags.pipeline)
   report(folder, skipped, listing.notes)
 
 
@@ -76,7 +87,8 @@ def _index(flags, source: Path) -> None:
   if flags.size:
     raise UserError("--size is of sets that are written anew; tar shards are read where they are")
   with _bar(0, " shards", True) as show:
-    folder, skipped = webdataset.write_index(source, flags.output, flags.workers, show)
+    folder, skipped = webdataset.write_index(source, flags.output, flags.workers, show,
+                                             flags.runner, flags.pipeline)
   counts = ", ".join(f"{split} {len(Table(folder / split))}" for split in WebDataset.SPLITS)
   print(f"{folder}: {counts} pictures")
   _report_skipped(folder, skipped)
@@ -97,7 +109,7 @@ def _bar(total: int, unit: str, shown: bool) -> Iterator[Callable[[int, int], No
 
 
 def write(name: str, listing: Listing, module, root: Path, size: int = 0, workers: int = 0,
-          bar: bool = True) -> list[tuple[str, str]]:
+          bar: bool = True, runner: str = "", pipeline: str = "") -> list[tuple[str, str]]:
   """Prepares a listing below `root`; returns (name, reason) of the pictures that were skipped.
 
   Args:
@@ -105,7 +117,7 @@ def write(name: str, listing: Listing, module, root: Path, size: int = 0, worker
     listing: its pictures.
     module: of the set, with `ABOUT` and perhaps `CLASSES`.
     root: folder of all prepared sets.
-    size, workers: as of `PicturesBuilder`.
+    size, workers, runner, pipeline: as of `PicturesBuilder`.
     bar: whether to show progress.
 
   Raises:
@@ -120,7 +132,8 @@ def write(name: str, listing: Listing, module, root: Path, size: int = 0, worker
   total = sum(map(len, listing.splits.values()))
   with _bar(total, " pictures", bar) as show:
     made = builder(
-      name, listing=listing, about=module.ABOUT, size=size, workers=workers, progress=show,
+      name, listing=listing, about=module.ABOUT, size=size, workers=workers, runner=runner,
+      pipeline=pipeline, progress=show,
       classes=sum(getattr(module, "CLASSES", {}).values()), data_dir=os.fspath(root),
     )
     with contextlib.redirect_stdout(io.StringIO()):  # TFDS says there that it downloads

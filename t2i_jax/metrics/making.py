@@ -60,7 +60,7 @@ def about_of(features: Features | None, **more: Any) -> dict[str, Any]:
 def named(base: str, features: Features) -> str:
   """A result's name: a network that is no published one gives its own in place of its kind."""
   label = features.network.label
-  return base.replace("feature_net", label) if label else base
+  return base.replace("_feature_net", f"_{label}") if label else base
 
 
 def meant(features: Features, published: str) -> tuple[str, ...]:

@@ -88,17 +88,18 @@ def _families() -> dict[str, Entry]:
 def _perceptual() -> dict[str, Entry]:
   found = {}
   for kind, prefix, of in (
-    (PERCEPTUAL, "lpips", "LPIPS"), (FEATURE_NET, "feature_net", "a feature_net export's distance")
+    (PERCEPTUAL, "lpips_", "LPIPS's distance"),
+    (FEATURE_NET, "feature_net_", "a feature_net export's distance"),
   ):
-    instead = "" if kind == FEATURE_NET else "feature_net"
+    stand_in = "" if kind == FEATURE_NET else "feature_net_"
     found |= {
-      f"{prefix}_distance": Entry(
+      f"{prefix}distance": Entry(
         f"{of} between reconstructions and their originals", kind, frozenset({"originals"}),
-        of_pictures.perceptual_distance, instead=instead and f"{instead}_distance"),
-      f"{prefix}_diversity": Entry(
+        of_pictures.perceptual_distance, instead=stand_in and f"{stand_in}distance"),
+      f"{prefix}diversity": Entry(
         f"{of} among pictures of the same caption; several of each", kind,
         frozenset({"captions", "repeats"}), of_pictures.diversity,
-        instead=instead and f"{instead}_diversity"),
+        instead=stand_in and f"{stand_in}diversity"),
     }  # fmt: skip
   return found
 

@@ -20,16 +20,13 @@ from t2i_jax.networks.layers.adaptive import (
   plain_norm,
 )
 from t2i_jax.networks.layers.attention import MultiHeadAttention
-from t2i_jax.networks.layers.embeddings import patch_positions, timestep_embedding
+from t2i_jax.networks.layers.embeddings import patch_positions
 from t2i_jax.networks.layers.mlp import Mlp
-from t2i_jax.networks.layers.resample import shuffle, unshuffle
-from t2i_jax.networks.layers.stack import run_blocks
+from t2i_jax.networks.patch_transformer import PatchTransformer
 from t2i_jax.parallel.sharding import logical
 
 Array = jax.Array
 MODULATIONS = ("zero", "single")
-TIME_WIDTH = 256  # of the waves that embed a time
-normal = nn.initializers.normal(0.02)
 
 
 class DiTBlock(nn.Module):
@@ -75,34 +72,19 @@ class DiTBlock(nn.Module):
     return logical(x, "batch", "length", None)
 
 
-class DiT(nn.Module):
+class DiT(PatchTransformer):
   """Predicts from a noised picture or latent, its time, and labels or a text.
 
-  Attributes:
-    patch: side of the squares of pixels that are tokens.
-    width, depth, heads: units of a token, blocks, and heads of their attentions.
-    mlp_ratio: units of the MLPs over `width`.
+  Attributes (beside those of `PatchTransformer`):
     modulation: of `MODULATIONS`; see `DiTBlock`.
     position_scale: what places are divided by: PixArt-alpha's larger models were grown from smaller
       ones, and have 2 at 1024 px.
-    out_channels: of the prediction; 0 for those of the input.
     classes: labels that may be given, beside which there is a row for none; 0 for no table.
-    remat, scan: of the blocks; see `layers.stack`.
-    dtype: type of the computation; the last layer is float32.
   """
 
-  patch: int = 2
-  width: int = 1152
-  depth: int = 28
-  heads: int = 16
-  mlp_ratio: float = 4.0
   modulation: str = "zero"
   position_scale: float = 1.0
-  out_channels: int = 0
   classes: int = 0
-  remat: str = "none"
-  scan: bool = True
-  dtype: jnp.dtype = jnp.float32
 
   @nn.compact
   def __call__(
@@ -119,27 +101,19 @@ class DiT(nn.Module):
 
     Args:
       x: [B, H, W, C]; H and W divide by `patch`.
-      t: [B] times, in the units of the process's `embedded`.
-      context: [B, L, D] text features to attend to.
-      mask: bool [B, L].
-      pooled: [B, P] vector of the text, added to the embedding of the time.
-      label: int32 [B], one of `classes`, or -1 for none; or [B, labels], whose embeddings are
-        added up.
+      t, context, mask, pooled, label: as of `networks.unet.UNet`.
       train: nothing is other in training.
 
     Returns:
       float32 [B, H, W, out_channels].
     """
-    out_channels = self.out_channels or x.shape[-1]
-    condition = self._condition(t, pooled, label)
-    x = unshuffle(x.astype(self.dtype), self.patch)
-    batch, height, width, _ = x.shape
-    x = nn.Dense(
-      self.width, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform(), name="patches"
-    )(x.reshape(batch, height * width, -1))
-    places = (np.arange(n) / self.position_scale for n in (height, width))
-    x = x + jnp.asarray(patch_positions(*places, self.width), self.dtype)
-    x = logical(x, "batch", "length", None)
+    condition = self.condition(t, pooled)
+    if self.classes:
+      condition = condition + self.labels(label, self.classes, nn.initializers.normal(0.02))
+    h, grid = self.tokens(x, nn.initializers.xavier_uniform())
+    places = (np.arange(n) / self.position_scale for n in grid)
+    h = h + jnp.asarray(patch_positions(*places, self.width), self.dtype)
+    h = logical(h, "batch", "length", None)
     if context is not None:
       context = TwoLayers(self.width, True, self.dtype, name="context")(context)
     given = condition
@@ -147,30 +121,14 @@ class DiT(nn.Module):
       vectors = Modulation(self.width, 6, self.dtype, name="modulation")(condition)
       given = jnp.stack(vectors, axis=1)
     make = lambda name: DiTBlock(  # noqa: E731
-      self.heads, int(self.mlp_ratio * self.width), self.modulation, self.dtype, name=name
+      self.heads, self.hidden, self.modulation, self.dtype, name=name
     )
-    x, _ = run_blocks(
-      make, "blocks", self.depth, x, (given, context, mask), remat=self.remat, scan=self.scan
-    )
+    h, _ = self.run(make, "blocks", self.depth, h, given, context, mask)
     if self.modulation == "single":
       init = nn.initializers.normal(self.width**-0.5)
       table = self.param("table_out", init, (2, self.width))
       shift, scale = (condition + row for row in table.astype(self.dtype))
     else:
       shift, scale = Modulation(self.width, 2, self.dtype, name="modulation_out")(condition)
-    x = LastLayer(self.patch**2 * out_channels, name="out")(x, shift, scale)
-    return shuffle(x.reshape(batch, height, width, -1), self.patch)
-
-  def _condition(self, t: Array, pooled: Array | None, label: Array | None) -> Array:
-    """The time's embedding and those of the pooled text and the labels, [B, width]."""
-    e = timestep_embedding(t, TIME_WIDTH)
-    e = TwoLayers(self.width, dtype=self.dtype, name="time")(e)
-    if pooled is not None:
-      e = e + TwoLayers(self.width, dtype=self.dtype, name="pooled")(pooled)
-    if self.classes:
-      table = nn.Embed(
-        self.classes + 1, self.width, dtype=self.dtype, embedding_init=normal, name="label"
-      )
-      label = label.reshape(len(label), -1)
-      e = e + jnp.sum(table(jnp.where(label < 0, self.classes, label)), axis=1)
-    return e
+    h = LastLayer(self.numbers(x), name="out")(h, shift, scale)
+    return self.picture(h, grid)

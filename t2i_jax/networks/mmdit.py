@@ -11,22 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from t2i_jax.networks.layers.adaptive import (
-  LastLayer,
-  Modulation,
-  TwoLayers,
-  modulated,
-  plain_norm,
-)
+from t2i_jax.networks.layers.adaptive import LastLayer, Modulation, modulated, plain_norm
 from t2i_jax.networks.layers.attention import HeadNorm, attend
-from t2i_jax.networks.layers.embeddings import patch_positions, timestep_embedding
+from t2i_jax.networks.layers.embeddings import patch_positions
 from t2i_jax.networks.layers.mlp import Mlp
-from t2i_jax.networks.layers.resample import shuffle, unshuffle
-from t2i_jax.networks.layers.stack import run_blocks
+from t2i_jax.networks.patch_transformer import PatchTransformer
 from t2i_jax.parallel.sharding import logical
 
 Array = jax.Array
-TIME_WIDTH = 256  # of the waves that embed a time
 xavier = nn.initializers.xavier_uniform()
 
 
@@ -119,36 +111,24 @@ class JointBlock(nn.Module):
     return x + gate[:, None] * Mlp(self.hidden, dtype=self.dtype, name=name)(h)
 
 
-class MMDiT(nn.Module):
+class MMDiT(PatchTransformer):
   """Predicts from a noised latent, its time, a text's tokens and its pooled vector.
 
-  Attributes:
-    patch: side of the squares of positions that are tokens.
-    width, depth, heads: units of a token, blocks, and heads of their attentions.
-    mlp_ratio: units of the MLPs over `width`.
+  Attributes (beside those of `PatchTransformer`):
     norm: whether queries and keys are normed, as in version 3.5.
     dual: blocks, from the first on, with a second attention of the picture alone.
     grid, largest: places are those of a picture of `grid` tokens a side, in the middle of one of
       `largest` whose places are as far apart (Esser et al. 2024, section 5.3.2, "positional
       encodings"); 192 and 64 were published, and 384 in 3.5's medium model.
-    out_channels: of the prediction; 0 for those of the input.
-    remat, scan: of the blocks; see `layers.stack`.
-    dtype: type of the computation; the last layer is float32.
   """
 
-  patch: int = 2
   width: int = 1536
   depth: int = 24
   heads: int = 24
-  mlp_ratio: float = 4.0
   norm: bool = False
   dual: int = 0
   grid: int = 64
   largest: int = 192
-  out_channels: int = 0
-  remat: str = "none"
-  scan: bool = True
-  dtype: jnp.dtype = jnp.float32
 
   @nn.compact
   def __call__(
@@ -160,42 +140,31 @@ class MMDiT(nn.Module):
     Args:
       x: [B, H, W, C]; H and W divide by `patch`, and are at most `largest` times it.
       t: [B] times; those of the published models are 0 to 1000.
-      context: [B, L, D] text features.
+      context, pooled: as of `networks.unet.UNet`.
       mask: bool [B, L], the tokens that count; the published models have none.
-      pooled: [B, P] vector of the text, added to the embedding of the time.
       train: nothing is other in training.
 
     Returns:
       float32 [B, H, W, out_channels].
     """
-    out_channels = self.out_channels or x.shape[-1]
-    dense = lambda name: nn.Dense(  # noqa: E731
-      self.width, dtype=self.dtype, kernel_init=xavier, name=name
-    )
-    e = timestep_embedding(t, TIME_WIDTH)
-    condition = TwoLayers(self.width, dtype=self.dtype, name="time")(e)
-    if pooled is not None:
-      condition = condition + TwoLayers(self.width, dtype=self.dtype, name="pooled")(pooled)
-    x = unshuffle(x.astype(self.dtype), self.patch)
-    batch, height, width, _ = x.shape
-    x = dense("patches")(x.reshape(batch, height * width, -1))
-    x = x + jnp.asarray(self._positions(height, width), self.dtype)
-    streams = logical(x, "batch", "length", None), dense("context")(context.astype(self.dtype))
+    condition = self.condition(t, pooled)
+    h, grid = self.tokens(x, xavier)
+    h = h + jnp.asarray(self._positions(*grid), self.dtype)
+    layer = nn.Dense(self.width, dtype=self.dtype, kernel_init=xavier, name="context")
+    streams = logical(h, "batch", "length", None), layer(context.astype(self.dtype))
 
     def make(dual: bool, last: bool = False):
       return lambda name: JointBlock(
-        self.heads, int(self.mlp_ratio * self.width), self.norm, dual, last, self.dtype, name=name
+        self.heads, self.hidden, self.norm, dual, last, self.dtype, name=name
       )
 
     given, plain = (condition, mask), self.depth - 1 - self.dual
-    how = {"remat": self.remat, "scan": self.scan}
-    streams, _ = run_blocks(make(True), "dual_blocks", self.dual, streams, given, **how)
-    streams, _ = run_blocks(make(False), "blocks", plain, streams, given, first=self.dual, **how)
-    last = lambda _: make(False, True)("last_block")  # noqa: E731
-    (x, _), _ = run_blocks(last, "", 1, streams, given, **{**how, "scan": False})
+    streams, _ = self.run(make(True), "dual_blocks", self.dual, streams, *given)
+    streams, _ = self.run(make(False), "blocks", plain, streams, *given, first=self.dual)
+    h, _ = self.run_one(make(False, True)("last_block"), streams, *given)
     shift, scale = Modulation(self.width, 2, self.dtype, name="modulation_out")(condition)
-    x = LastLayer(self.patch**2 * out_channels, name="out")(x, shift, scale)
-    return shuffle(x.reshape(batch, height, width, -1), self.patch)
+    h = LastLayer(self.numbers(x), name="out")(h, shift, scale)
+    return self.picture(h, grid)
 
   def _positions(self, height: int, width: int) -> np.ndarray:
     """[height * width, width of a token]."""

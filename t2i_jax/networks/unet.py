@@ -45,6 +45,8 @@ class Trunk(nn.Module):
     pooled_mlp: the pooled vector is embedded by an MLP rather than by one layer.
     classes: labels that may be given; 0 for none.
     remat: compute blocks again in the backward pass rather than keep what is in them.
+    scan: transformer blocks in a row are one program and have stacked parameters, which compiles in
+      a fraction of the time; no adapters.
     dtype: type of the computation; the last norm and convolution are float32.
   """
 
@@ -69,6 +71,7 @@ class Trunk(nn.Module):
   pooled_mlp: bool = False
   classes: int = 0
   remat: bool = False
+  scan: bool = False
   dtype: jnp.dtype = jnp.float32
 
   def width(self, i: int) -> int:
@@ -106,7 +109,9 @@ class Trunk(nn.Module):
     """An attention with the network's options; call it with (x, context, mask)."""
     heads = self.heads or max(channels // self.head_channels, 1)
     if self.attention == "transformer":
-      return SpatialTransformer(heads, depth, self.groups, self.remat, self.dtype, name=name)
+      return SpatialTransformer(
+        heads, depth, self.groups, self.remat, self.scan, self.dtype, name=name
+      )
     if self.attention == "block":
       kind = nn.remat(AttentionBlock) if self.remat else AttentionBlock
       return kind(heads, self.groups, self.epsilon, dtype=self.dtype, name=name)

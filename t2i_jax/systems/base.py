@@ -226,6 +226,14 @@ class Editor(Protocol):
 
 
 @runtime_checkable
+class ManyShapes(Protocol):
+  """A system whose pictures need not be squares: data sets may have buckets, drawings a size."""
+
+  def shape_of(self, height: int, width: int) -> tuple[int, int, int]:
+    """Of what is modelled of such a picture, (h, w, c); UserError for one that it does not take."""
+
+
+@runtime_checkable
 class Finisher(Protocol):
   """A sampler whose `sample` gives latents, not yet pictures.
 

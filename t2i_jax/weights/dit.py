@@ -4,6 +4,7 @@ Options are the attributes of `networks.dit.DiT`, and `grid`, the tokens of a si
 trained on.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,7 +12,8 @@ import numpy as np
 
 from t2i_jax.networks.layers.embeddings import patch_positions
 from t2i_jax.weights.key_map import Rule, convolution, dense
-from t2i_jax.weights.stacked import StackedKeyMap, fused, patch_layout
+from t2i_jax.weights.stacked import StackedKeyMap, fused, number_of, patch_layout, shapes_of
+from t2i_jax.weights.stored import Stored
 
 Options = Mapping[str, Any]
 STACKS = {"blocks": 0}
@@ -37,6 +39,32 @@ def authors_map(options: Options) -> StackedKeyMap:
     return patch_positions(side, side, options["width"])[None]
 
   return StackedKeyMap(rules, STACKS, {"pos_embed": positions})
+
+
+def options_of(tensors: Mapping[str, Stored]) -> dict[str, Any]:
+  """Options of DiT's files, and those of `transformer_config`; heads are as published.
+
+  Raises:
+    UserError: it holds no such network.
+  """
+  shapes = shapes_of(tensors, (
+    "x_embedder.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight", "final_layer.linear.weight",
+    "y_embedder.embedding_table.weight",
+  ), "DiT")  # fmt: skip
+  (width, channels, patch, _), (_, tokens, _), (hidden, _), (numbers, _), (rows, _) = shapes
+  grid = math.isqrt(tokens)
+  return {
+    "patch": patch, "width": width, "depth": number_of(tensors, "blocks."),
+    "heads": heads_of(width), "mlp_ratio": hidden / width, "modulation": "zero",
+    "position_scale": 1.0, "classes": rows - 1, "grid": grid, "in_channels": channels,
+    "out_channels": numbers // patch**2, "context_width": 0, "pooled_width": 0,
+    "resolution": grid * patch,
+  }  # fmt: skip
+
+
+def heads_of(width: int) -> int:
+  """Of the published networks, of DiT and of U-ViT: of 64 channels, and 16 in the largest."""
+  return 16 if width == 1152 else max(width // 64, 1)
 
 
 def diffusers_map(options: Options) -> StackedKeyMap:

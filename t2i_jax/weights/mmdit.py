@@ -3,6 +3,7 @@
 Options are the attributes of `networks.mmdit.MMDiT`.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,12 +12,14 @@ import numpy as np
 from t2i_jax.networks.layers.embeddings import patch_positions
 from t2i_jax.networks.mmdit import places
 from t2i_jax.weights.key_map import Layout, Rule, convolution, dense
-from t2i_jax.weights.stacked import StackedKeyMap, fused, patch_layout
+from t2i_jax.weights.stacked import StackedKeyMap, fused, number_of, patch_layout, shapes_of
+from t2i_jax.weights.stored import Stored
 
 Options = Mapping[str, Any]
 SINGLE_FILE = "model.diffusion_model."  # how names begin in a file that holds a whole model
 # What else such a file holds: the first stage and text encoders.
 OTHERS = (r"^(first_stage_model|text_encoders|model_ema|vae)\.", r"^model\.(?!diffusion_model\.)")
+HEAD_CHANNELS = 64
 STREAMS = (("image", "x_block"), ("text", "context_block"))
 
 
@@ -100,6 +103,39 @@ def diffusers_map(options: Options) -> StackedKeyMap:
   return StackedKeyMap(
     rules, _stacks(options), {"pos_embed.pos_embed": lambda: _positions(options)}
   )
+
+
+def options_of(tensors: Mapping[str, Stored]) -> dict[str, Any]:
+  """Options of a checkpoint under its authors' names, and those of `transformer_config`.
+
+  Heads are of 64 channels, as published, where no norm of theirs says it; places are those that it
+  holds, or as published where it holds none.
+
+  Raises:
+    UserError: it holds no such network.
+  """
+  own = {name.removeprefix(SINGLE_FILE): tensor for name, tensor in tensors.items()}
+  first = "joint_blocks.0.x_block."
+  shapes = shapes_of(own, (
+    "x_embedder.proj.weight", f"{first}mlp.fc1.weight", "final_layer.linear.weight",
+    "context_embedder.weight", "y_embedder.mlp.0.weight",
+  ), "transformer of Stable Diffusion 3")  # fmt: skip
+  (width, channels, patch, _), (hidden, _), (numbers, _), (_, context), (_, pooled) = shapes
+  grid, largest = 64, 192
+  if "pos_embed" in own:
+    held = own["pos_embed"].read()
+    largest = math.isqrt(held.shape[1])
+    # The second place's first wave is the sine of the distance between places.
+    grid = round(float(np.arcsin(np.clip(held[0, 1, 0], -1, 1))) * largest)
+  norm = f"{first}attn.ln_q.weight"
+  return {
+    "patch": patch, "width": width, "depth": number_of(own, "joint_blocks."),
+    "heads": width // (own[norm].shape[0] if norm in own else HEAD_CHANNELS),
+    "mlp_ratio": hidden / width, "norm": norm in own,
+    "dual": sum(name.endswith(".x_block.attn2.qkv.weight") for name in own), "grid": grid,
+    "largest": largest, "in_channels": channels, "out_channels": numbers // patch**2,
+    "context_width": context, "pooled_width": pooled, "resolution": grid * patch,
+  }  # fmt: skip
 
 
 def _blocks(options: Options) -> list[tuple[str, str]]:

@@ -5,6 +5,7 @@ of one tensor under several names.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -27,6 +28,22 @@ def patch_layout(patch: int) -> Layout:
     lambda x: x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0]),
     lambda x: x.reshape(patch, patch, -1, x.shape[-1]).transpose(3, 2, 0, 1),
   )
+
+
+def number_of(tensors: Mapping[str, Any], prefix: str) -> int:
+  """How many blocks there are whose names begin with `prefix` and a number."""
+  numbers = [name.removeprefix(prefix).split(".")[0] for name in tensors if name.startswith(prefix)]
+  return 1 + max((int(number) for number in numbers if number.isdigit()), default=-1)
+
+
+def shapes_of(
+  tensors: Mapping[str, Stored], names: Sequence[str], what: str
+) -> list[tuple[int, ...]]:
+  """Of tensors without which there is no `what`; UserError, naming those that are missing."""
+  missing = [name for name in names if name not in tensors]
+  if missing:
+    raise UserError(f"these weights hold no whole {what}: {', '.join(missing)} missing")
+  return [tuple(tensors[name].shape) for name in names]
 
 
 def fused(ours: str, theirs: str, bias: bool = True) -> list[Rule]:
@@ -64,7 +81,8 @@ class StackedKeyMap(KeyMap):
   Networks whose blocks are not stacked are read and written by the same rules.
 
   Attributes:
-    stacks: the subtrees of ours that are stacks, and the number of the first block of each.
+    stacks: paths of the subtrees of ours that are stacks, and the number of the first block of
+      each.
     constants: tensors of theirs that nothing trains, by name; written, and checked where they are.
     copies: of one of their names, others under which the same tensor is held.
   """
@@ -126,8 +144,8 @@ class StackedKeyMap(KeyMap):
     return tensors
 
   def _stack(self, path: str) -> str | None:
-    first = path.partition("/")[0]
-    return first if first in self.stacks else None
+    parents = itertools.accumulate(path.split("/"), "{}/{}".format)
+    return next((parent for parent in parents if parent in self.stacks), None)
 
   def _apart(self, tree: Any) -> Any:
     """The tree with the blocks of every stack under names of their own."""

@@ -9,7 +9,9 @@ none), and `resolution`, the side of the pictures or latents (0 if not known).
 from collections.abc import Mapping
 from typing import Any
 
+from t2i_jax.networks.layers.spatial import BLOCK
 from t2i_jax.weights.key_map import KeyMap, Rule, convolution, dense, norm, pointwise
+from t2i_jax.weights.stacked import StackedKeyMap
 
 Options = Mapping[str, Any]
 PROJECTIONS = ("query", "key", "value", "out")
@@ -46,7 +48,16 @@ def diffusers_map(options: Options, convolutions: bool = False, old: bool = Fals
       rules += _attention(kind, *attention, convolutions, old)
       rules += convolution(f"{ours}_sample/conv", f"{theirs}.{sampler}.conv")
       rules += _resblock(f"{ours}_sample", f"{theirs}.{sampler}")
-  return KeyMap(rules)
+  return StackedKeyMap(rules, stacks_of(options))
+
+
+def stacks_of(options: Options) -> dict[str, int]:
+  """Where transformer blocks may be stacked, for `StackedKeyMap`."""
+  way = [
+    f"{way}_{i}_{j}" for way, blocks in (("down", options["blocks"]), ("up", options["blocks"] + 1))
+    for i in options["attention_levels"] for j in range(blocks)
+  ]  # fmt: skip
+  return {f"{place}_attention/{BLOCK}": 0 for place in (*way, "middle")}
 
 
 def transformer(ours: str, theirs: str, convolutions: bool) -> list[Rule]:
@@ -57,7 +68,7 @@ def transformer(ours: str, theirs: str, convolutions: bool) -> list[Rule]:
       rules += convolution(f"{ours}/{our}", f"{theirs}.{their}", pointwise)
     else:
       rules += dense(f"{ours}/{our}", f"{theirs}.{their}")
-  block, of = f"{ours}/block_{{k}}", f"{theirs}.transformer_blocks.{{k}}"
+  block, of = f"{ours}/{BLOCK}_{{k}}", f"{theirs}.transformer_blocks.{{k}}"
   for number, name in enumerate(("self", "cross", "mlp"), 1):
     rules += norm(f"{block}/norm_{name}", f"{of}.norm{number}")
   for attention, their in (("self_attention", "attn1"), ("cross_attention", "attn2")):
@@ -95,11 +106,12 @@ def widths_of(params: Mapping[str, Any]) -> dict[str, int]:
     params: a U-Net's, arrays or their shapes.
   """
   middle = params.get("middle_attention", {})
-  text = middle.get("block_0", {}).get("cross_attention", middle.get("cross_attention", {}))
+  block = middle.get(f"{BLOCK}_0", middle.get(BLOCK, middle))
+  text = block.get("cross_attention", {})
   kernel = text.get("key", {}).get("kernel")
   pooled = params.get("pooled", {}).get("kernel")
   return {
     "in_channels": params["conv_in"]["kernel"].shape[2],
-    "context_width": 0 if kernel is None else kernel.shape[0],
+    "context_width": 0 if kernel is None else kernel.shape[-2],
     "pooled_width": 0 if pooled is None else pooled.shape[0],
   }

@@ -21,8 +21,9 @@ from t2i_jax.weights.key_map import (
   pointwise,
   pointwise_1d,
 )  # fmt: skip
+from t2i_jax.weights.stacked import StackedKeyMap
 from t2i_jax.weights.stored import Stored
-from t2i_jax.weights.unet import Options, diffusers_map, transformer
+from t2i_jax.weights.unet import Options, diffusers_map, stacks_of, transformer
 
 SINGLE_FILE = "model.diffusion_model."  # how names begin in a file that holds a whole model
 AVERAGES = "model_ema."
@@ -59,7 +60,9 @@ def single_file_map(
       rules += [*convolution(f"up_{i}_sample/conv", f"{theirs}.conv"),
                 *_resblock(f"up_{i}_sample", theirs)]
   rules += [*norm("norm_out", "out.0"), *convolution("conv_out", "out.2")]
-  return KeyMap(rules, [_OTHERS], [("", SINGLE_FILE)])
+  return StackedKeyMap(
+    rules, stacks_of(options), ignored=[_OTHERS], prefixes=[("", SINGLE_FILE)]
+  )
 
 
 def map_of(tensors: Mapping[str, Stored], options: Options, new_order: bool = False) -> KeyMap:

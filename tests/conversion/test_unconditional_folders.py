@@ -45,6 +45,9 @@ def folder(tmp_path):
 
 
 def test_a_folder_there_and_back(folder, tmp_path, capfd):
+  with pytest.raises(SystemExit):
+    convert.main([f"--source={folder}", f"--output={tmp_path / 'export'}", "--length=9"])
+  assert "--length is of T5, and a DDPMPipeline has none" in capfd.readouterr().err
   convert.main([f"--source={folder}", f"--output={tmp_path / 'export'}"])
   exported = export.read(tmp_path / "export")
   model, options = exported.config.model, exported.config.sample.options

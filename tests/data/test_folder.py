@@ -97,11 +97,11 @@ def test_csv(folder):
 
 def test_captions_option_chooses_the_file(folder):
   jsonl(folder / "short.jsonl", [{"file": "03.png", "caption": "x", "split": "train"}])
-  assert list(opened(folder, captions="short.jsonl").captions()) == ["x"]
+  assert list(opened(folder, captions_file="short.jsonl").captions()) == ["x"]
   (folder / "captions.csv").write_text("file,caption\n")
   fails(folder, "has both captions.jsonl and captions.csv: choose")
-  fails(folder, "no captions file .*none.csv", captions="none.csv")
-  fails(folder, "neither .jsonl nor .csv", captions="00.png")
+  fails(folder, "no captions file .*none.csv", captions_file="none.csv")
+  fails(folder, "neither .jsonl nor .csv", captions_file="00.png")
 
 
 def test_wrong_directories(folder, tmp_path):

@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("tensorflow_datasets", reason="needs tensorflow-datasets")
 
 from t2i_jax.data import default_options, open_source, prepare, read_labels, sets, splits
+from t2i_jax.data.images import size_of
 from t2i_jax.data.loader import Loader
 from t2i_jax.data.memory import InMemory, in_memory
 from t2i_jax.data.sets import shard
@@ -157,7 +158,7 @@ def test_pictures_are_shrunk_and_their_own_sizes_kept(tmp_path):
   miniatures.picture(folder / "train2014" / f"COCO_train2014_{100:012d}.jpg", 100, (400, 300))
   run("coco", folder, tmp_path / "out", "--size=64")
   source = open_source("coco", "train", 32, 0, {"data_dir": str(tmp_path / "out"), "sizes": True})
-  assert shard.load_size(source.content(0)) == (64, 85)
+  assert size_of(source.content(0)) == (64, 85)
   assert source.extra_of(0)["size"].tolist() == [300, 400]
   assert source.extra_of(0)["crop"].tolist() == [0, 5]
 

@@ -24,7 +24,11 @@ def test_options_reach_the_set(tmp_path):
   )
   source = open_source("folder", "train", 8, 0, {"path": str(tmp_path)}, str(tmp_path / "log"))
   assert len(source) == 1 and source.resolution == 8
-  assert default_options("folder") == {"path": "", "captions": "", "sizes": False}
+  assert default_options("folder") == {
+    "path": "", "captions_file": "", "captions": "draw", "crop": "centre", "flips": False,
+    "sizes": False, "synthetic": "", "synthetic_share": 0.95, "buckets": (),
+  }  # fmt: skip
+  assert "buckets" in default_options("mixture") and "buckets" not in default_options("emoji")
 
 
 def test_unknown_names():

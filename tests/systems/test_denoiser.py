@@ -208,7 +208,7 @@ def test_offset_noise_is_the_same_over_a_picture():
     ({"variance": "learned", "solver": "ddpm"}, "has learned none"),
     ({"guidance_kind": "other"}, "guidance_kind"),
     ({"dynamic": 1.5}, "no quantile"),
-    ({"height": 32}, "leave height and width out"),
+    ({"height": 32}, "alone, not of 32 x"),
     ({"solver": "flow_euler"}, "of the process 'flow' alone"),
   ],
 )

@@ -147,6 +147,7 @@ def test_labels_take_the_text_s_place():
     ("u_vit", {"depth": 3}, "is odd"),
     ("sd3", {"dual": 2}, "last block"),
     ("sd3", {"largest": 3}, "4 tokens a side"),
+    ("sd3", {"blank": -1}, "model.blank=-1"),
     ("sd3", {"text": TextConditioner(encoder="none")}, "text.encoder=none"),
   ],
 )
@@ -159,6 +160,16 @@ def test_a_text_without_a_vector_modulates_nothing():
   system = dataclasses.replace(SYSTEMS["dit"], cross_attention=False)
   with pytest.raises(UserError, match="no vector for the whole caption"):
     system.init_denoiser(jax.random.key(0), jnp.zeros((1, 8, 8, 3)), Conditioning())
+
+
+def test_zeros_take_the_place_of_an_encoder_that_is_left_out():
+  system = dataclasses.replace(SYSTEMS["sd3"], blank=2, context_width=9)
+  mask = jnp.array([[True, True, False]])
+  read = system.arguments(Conditioning(jnp.ones((1, 3, 8)), mask, jnp.ones((1, 8))))
+  assert read["context"].shape == (1, 5, 9) and float(read["context"].sum()) == 3 * 8
+  assert read["mask"].tolist() == [[True, True, False, True, True]]
+  with pytest.raises(UserError, match="context_width=5 is less than the text's 8"):
+    dataclasses.replace(system, context_width=5).arguments(Conditioning(jnp.ones((1, 3, 8))))
 
 
 def test_pictures_of_another_size():

@@ -14,17 +14,44 @@ from t2i_jax.training.watchdog import TRY_AGAIN, Watchdog
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 
 
+LOOKS = 3  # of a watchdog, after which what it would do is done
+
+
+class Looks(threading.Event):
+  """The watchdog's own event, whose waiting is counted: it takes no time."""
+
+  counted = threading.Condition()
+  number, closed = 0, False
+
+  def wait(self, timeout=None):
+    with Looks.counted:
+      Looks.number += 1
+      Looks.counted.notify_all()
+    return super().wait(0.001) or Looks.closed
+
+
 @pytest.fixture
 def world(monkeypatch):
-  """What was told, what others told, how the process ended; and a clock that the test moves."""
+  """What was told, what others told, how the process ended; and a clock that the test moves.
+
+  `ends()` says what came of it after a few looks, however long these take.
+  """
 
   class World:
     now, other = 0.0, None
-    done = threading.Event()
+
+    @staticmethod
+    def ends():
+      """Whether the process ends by the time that the watchdog has looked a few times."""
+      with Looks.counted:
+        enough = Looks.number + LOOKS
+        assert Looks.counted.wait_for(lambda: World.ended or enough <= Looks.number, timeout=60)
+      return bool(World.ended)
 
   def leave(status):
-    World.ended.append(status)
-    World.done.set()
+    with Looks.counted:
+      World.ended.append(status)
+      Looks.counted.notify_all()
     raise SystemExit
 
   World.told, World.ended, World.at_exit = [], [], []
@@ -33,9 +60,17 @@ def world(monkeypatch):
   monkeypatch.setattr(failures, "heard", lambda: World.other)
   monkeypatch.setattr(failures, "leave", leave)
   monkeypatch.setattr(watchdog.atexit, "register", lambda *call: World.at_exit.append(call))
-  monkeypatch.setattr(watchdog, "_POLL", 0.01)
   monkeypatch.setattr(watchdog, "time", SimpleNamespace(monotonic=lambda: World.now))
-  return World
+  monkeypatch.setattr(watchdog, "threading", SimpleNamespace(
+    Event=Looks, Thread=threading.Thread, get_ident=threading.get_ident
+  ))  # fmt: skip
+  yield World
+  # A watchdog that outlived its test would end the tests' own process.
+  Looks.closed = True
+  for thread in threading.enumerate():
+    if thread.name == "watchdog":
+      thread.join()
+  Looks.closed = False
 
 
 def test_a_run_that_moves_is_left_alone(world):
@@ -43,10 +78,10 @@ def test_a_run_that_moves_is_left_alone(world):
     for step in range(4):
       dog.moved(step)
       world.now += 50.0
-      assert not world.done.wait(0.05)
+      assert not world.ends()
     dog.rest()
     world.now += 1000.0
-    assert not world.done.wait(0.05)
+    assert not world.ends()
   assert not world.told and not world.at_exit
 
 
@@ -54,7 +89,7 @@ def test_a_step_that_does_not_end_ends_the_run(world, capfd):
   with Watchdog(patience=1.0) as dog:
     dog.moved(7)
     world.now += 61.0
-    assert world.done.wait(60)
+    assert world.ends()
   assert world.ended == [TRY_AGAIN] and world.told[0][0] == TRY_AGAIN
   line = capfd.readouterr().err
   assert "nothing has moved for 1 minutes since step 7" in line and line.count("\n") == 1
@@ -64,9 +99,9 @@ def test_a_step_that_does_not_end_ends_the_run(world, capfd):
 def test_another_process_that_failed_ends_this_one(world, capfd):
   with Watchdog():
     world.other = failures.Failure(3, 2, "no data here")
-    assert not world.done.wait(0.1)  # it may end by itself
+    assert not world.ends()  # it may end by itself
     world.now += 10.0
-    assert world.done.wait(60)
+    assert world.ends()
   assert world.ended == [2]
   expected = "error: process 3 failed, and this one ends with it: no data here\n"
   assert capfd.readouterr().err == expected
@@ -81,9 +116,9 @@ def test_a_failure_is_told_once_and_leaves_without_the_others(world):
       raise
   assert world.told == [(2, "no data here")]
   assert world.at_exit == [(failures.leave, 2)]
-  assert not world.done.wait(0.05)
+  assert not world.ends()
   world.now += 1000.0
-  assert world.done.wait(60) and world.ended == [2]  # it hung while it closed its files
+  assert world.ends() and world.ended == [2]  # it hung while it closed its files
 
 
 LOST = RuntimeError("Gloo AllGather failed: Connection closed by peer [127.0.0.1]:1")

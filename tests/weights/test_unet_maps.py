@@ -12,7 +12,7 @@ from t2i_jax.networks.encoder_unet import POOLS, EncoderUNet
 from t2i_jax.networks.unet import UNet
 from t2i_jax.weights import unet_single_file as single_file
 from t2i_jax.weights.stored import Stored
-from t2i_jax.weights.unet import widths_of
+from t2i_jax.weights.unet import diffusers_map, widths_of
 from t2i_jax.weights.unet_config import from_diffusers, linear_projections, to_diffusers
 
 # The config.json files as they are published, but for what diffusers takes anyway.
@@ -190,6 +190,33 @@ def test_a_file_of_the_authors_tells_its_options(changed, new_order, prefix):
   found = single_file.options_of(file)
   assert found == {name: options[name] for name in found}
   assert_read_again(single_file.map_of(file, found, new_order), file, shapes, params)
+
+
+@pytest.mark.parametrize("names_of", [single_file.single_file_map, diffusers_map])
+def test_stacked_blocks_are_the_same_network_in_the_same_files(names_of):
+  apart = UNet(
+    channels=8, multipliers=(1, 2), blocks=1, attention="transformer", attention_levels=(1,),
+    depths=(0, 2), middle_depth=3, head_channels=8, groups=4, scale_shift=False, remat=True,
+  )
+  stacked = apart.clone(scan=True)
+  given = {"context": jnp.ones((1, 5, 12)), "pooled": jnp.ones((1, 7))}
+  shapes = shapes_of(stacked, **given)
+  options = options_of_network(stacked, shapes)
+  assert options == {**options_of_network(apart, shapes_of(apart, **given)), "scan": True}
+  assert shapes["middle_attention"]["block"]["mlp_in"]["kernel"].shape == (3, 16, 128)
+
+  names, params = names_of(options), filled(shapes)
+  file = written(names, params, "")
+  others = names.load(file, shapes_of(apart, **given), source="it")
+  assert written(names_of(options_of_network(apart, others)), others, "").keys() == file.keys()
+  assert_read_again(names, file, shapes, params)
+
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 8, 8, 3)), jnp.float32)
+  t = jnp.array([400.0])
+  one = jax.jit(stacked.apply)({"params": params}, x, t, **given)
+  two = jax.jit(apart.apply)({"params": others}, x, t, **given)
+  assert jnp.abs(one).max() > 0.1
+  np.testing.assert_allclose(one, two, atol=1e-5 * float(jnp.abs(one).max()))
 
 
 @pytest.mark.parametrize("pool", POOLS)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from t2i_jax.data.sets import parallel, shard, table
+from t2i_jax.data.sets import beam, parallel, shard, table
 from t2i_jax.data.sets.listing import Listing, Picture
 from t2i_jax.data.sets.prepared import VERSION
 from t2i_jax.errors import UserError
@@ -54,6 +54,8 @@ class PicturesBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
     classes: how many there are, or 0.
     size: shorter side that larger pictures are shrunk to; 0 takes the files as they are.
     workers: processes; 0 works in this one.
+    runner, pipeline: of Apache Beam, as of `beam.run`, in place of processes; "" for none. Its
+      workers see the folders of pictures and of prepared sets as this process does.
     progress: called with (pictures done, pictures).
     **kwargs: as of every builder, such as `data_dir`.
   """
@@ -62,9 +64,11 @@ class PicturesBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
   name = "pictures"
 
   def __init__(self, *, listing: Listing, about: tuple[str, str], classes: int = 0, size: int = 0,
-               workers: int = 0, progress: Callable[[int, int], None] | None = None, **kwargs: Any):
+               workers: int = 0, runner: str = "", pipeline: str = "",
+               progress: Callable[[int, int], None] | None = None, **kwargs: Any):
     self._listing, self._about, self._classes = listing, about, classes
     self._size, self._workers, self._progress = size, workers, progress
+    self._runner, self._pipeline = runner, pipeline
     some = next((p for pictures in listing.splits.values() for p in pictures[:1]), None)
     if some is None:
       raise UserError("not one picture was found")
@@ -149,7 +153,13 @@ class PicturesBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
     def tell(number: int) -> None:
       report(begun + sum(len(pictures) for _, pictures in missing[: number + 1]), total)
 
-    parallel.run(shard.make, jobs, self._workers, tell)
+    if self._runner:
+      for job in jobs:
+        shard.write_job(*job)
+      written = [(path,) for path, *_ in jobs]
+      beam.run(shard.make_written, written, self._runner, self._pipeline, tell)
+    else:
+      parallel.run(shard.make, jobs, self._workers, tell)
     return paths
 
   def _collect(self, beside: Path, made: Mapping[str, Sequence[Path]]) -> None:

@@ -1,14 +1,15 @@
 """Sets split by class, whose captions are Reed et al.'s."""
 
+import dataclasses
 import pickle
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from t2i_jax.data.sets.listing import Listing, clean, read_lines
+from t2i_jax.data.sets.listing import Listing, Picture, check_some_exist, clean, read_lines
 from t2i_jax.errors import UserError
 
 
@@ -26,6 +27,38 @@ def read_class_numbers(captions: Sequence[str], classes: int) -> np.ndarray:
                       f"'class 1' to 'class {classes}'")
     labels.append(int(found[1]) - 1)
   return np.array(labels, np.int32).reshape(-1, 1)
+
+
+def sort(
+  pictures: Iterable[tuple[str, Picture]], texts: Path, test: Callable[[str], bool],
+  listing: Listing, what: str, index: str,
+) -> None:
+  """Puts pictures that have captions into the listing's "train" and "test".
+
+  Args:
+    pictures: each with its name "CLASS/FILE", by which its captions' file is found; its captions,
+      and its one box for each of them, are set here.
+    texts: folder of the captions.
+    test: of `class_split`.
+    listing: to be filled; what has no captions is noted as skipped.
+    what: one of the pictures, for errors.
+    index: the file that lists them, for errors.
+
+  Raises:
+    UserError: a split has no picture, or no picture's file is there.
+  """
+  for name, picture in pictures:
+    captions = captions_in(texts / f"{name[:-4]}.txt", picture.name, listing)
+    if captions:
+      boxes = picture.boxes and picture.boxes * len(captions)
+      listing.splits["test" if test(name) else "train"].append(
+        dataclasses.replace(picture, captions=captions, boxes=boxes)
+      )
+  for split, found in listing.splits.items():
+    if not found:
+      raise UserError(f"no {what} of split '{split}' has captions in {texts}; they are of another "
+                      f"set, or {index} is")
+    check_some_exist(found, index)
 
 
 def captions_in(text: Path, name: str, listing: Listing) -> tuple[str, ...]:

@@ -10,19 +10,11 @@ The folder of pictures has files that `images.txt` does not name; they are left 
 published results. Wah et al. 2011; Reed, Akata, Lee and Schiele 2016 (captions, 150/50 classes).
 """
 
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-import numpy as np
-
-from t2i_jax.data.sets.classes import captions_in, class_split, read_class_numbers
-from t2i_jax.data.sets.listing import (
-  Listing,
-  Picture,
-  check_some_exist,
-  find,
-  read_lines,
-)
+from t2i_jax.data.sets.classes import class_split, read_class_numbers, sort
+from t2i_jax.data.sets.listing import Listing, Picture, find, read_lines
 from t2i_jax.data.sets.prepared import Prepared
 from t2i_jax.errors import UserError
 
@@ -54,13 +46,7 @@ class Cub(Prepared):
     self.varies = self._random  # a picture's captions are all of the same box
 
 
-def read_labels(captions: Sequence[str]) -> np.ndarray:
-  """int32 [n, 1] of texts such as "class 17", "017.Cardinal" or "17"; classes count from 1.
-
-  Raises:
-    UserError: a text names no class.
-  """
-  return read_class_numbers(captions, CLASSES["class"])
+read_labels = partial(read_class_numbers, classes=CLASSES["class"])
 
 
 def read(source: Path) -> Listing:
@@ -75,21 +61,13 @@ def read(source: Path) -> Listing:
     for file, fields in (("images", 1), ("image_class_labels", 1), ("bounding_boxes", 4))
   )
   test = class_split(source, texts, [name for (name,) in names.values()])
-  listing = Listing({"train": [], "test": []})
+  listing, pictures = Listing({"train": [], "test": []}), []
   for number, (name,) in names.items():
     if number not in labels or number not in boxes:
       raise UserError(f"{birds} is not whole: picture {number} of images.txt has no label or box")
-    captions = captions_in(texts / f"{name[:-4]}.txt", name, listing)
-    if captions:
-      around = (tuple(map(float, boxes[number])),) * len(captions)
-      listing.splits["test" if test(name) else "train"].append(
-        Picture(name, str(birds / "images" / name), captions, int(labels[number][0]) - 1, around)
-      )
-  for split, pictures in listing.splits.items():
-    if not pictures:
-      raise UserError(f"no bird of split '{split}' has captions in {texts}; they are of another "
-                      "set")
-    check_some_exist(pictures, "images.txt")
+    box, label = tuple(map(float, boxes[number])), int(labels[number][0]) - 1
+    pictures.append((name, Picture(name, str(birds / "images" / name), (), label, (box,))))
+  sort(pictures, texts, test, listing, "bird", "images.txt")
   _note_unlisted(birds / "images", {name for (name,) in names.values()}, listing)
   return listing
 

@@ -11,18 +11,13 @@
 Schiele 2016.
 """
 
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from t2i_jax.data.sets.classes import captions_in, class_split, read_class_numbers
-from t2i_jax.data.sets.listing import (
-  Listing,
-  Picture,
-  check_some_exist,
-  find,
-)
+from t2i_jax.data.sets.classes import class_split, read_class_numbers, sort
+from t2i_jax.data.sets.listing import Listing, Picture, find
 from t2i_jax.data.sets.prepared import Prepared
 from t2i_jax.errors import UserError
 
@@ -51,13 +46,7 @@ class Flowers(Prepared):
                      synthetic_share=synthetic_share)
 
 
-def read_labels(captions: Sequence[str]) -> np.ndarray:
-  """int32 [n, 1] of texts such as "class 17" or "17"; classes count from 1.
-
-  Raises:
-    UserError: a text names no class.
-  """
-  return read_class_numbers(captions, CLASSES["class"])
+read_labels = partial(read_class_numbers, classes=CLASSES["class"])
 
 
 def read(source: Path) -> Listing:
@@ -70,19 +59,13 @@ def read(source: Path) -> Listing:
   names = [f"class_{label:05d}/image_{n:05d}.jpg" for n, label in enumerate(labels, start=1)]
   test = class_split(source, texts, names)
   listing = Listing({"train": [], "test": []})
-  for name, label in zip(names, labels, strict=True):
-    file = name.split("/")[1]
-    captions = captions_in(texts / f"{name[:-4]}.txt", file, listing)
-    if captions:
-      listing.splits["test" if test(name) else "train"].append(
-        Picture(file, str(folder / file), captions, int(label) - 1)
-      )
-  for split, pictures in listing.splits.items():
-    if not pictures:
-      raise UserError(f"no flower of split '{split}' has captions in {texts}; they are of another "
-                      "set, or imagelabels.mat is")
-    check_some_exist(pictures, path.name)
-  listed = {name.split("/")[1] for name in names}
+  files = [name.split("/")[1] for name in names]
+  pictures = [
+    (name, Picture(file, str(folder / file), (), int(label) - 1))
+    for name, file, label in zip(names, files, labels, strict=True)
+  ]
+  sort(pictures, texts, test, listing, "flower", path.name)
+  listed = set(files)
   listing.skipped += [(path.name, "imagelabels.mat has no label for it")
                       for path in sorted(folder.glob("*.jpg")) if path.name not in listed]
   return listing

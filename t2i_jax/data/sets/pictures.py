@@ -10,9 +10,10 @@ from collections.abc import Iterator
 import numpy as np
 
 from t2i_jax.data.base import FileSource, digest_of
+from t2i_jax.data.buckets import Shape, assigned
 from t2i_jax.data.images import CENTRE, WHOLE, BadImage, decode
-from t2i_jax.data.loader import draws_at
 from t2i_jax.data.mirror import may_be_mirrored
+from t2i_jax.data.order import draws_at
 from t2i_jax.data.sets.synthetic import Synthetic
 from t2i_jax.data.sets.table import Table
 from t2i_jax.errors import UserError, unknown
@@ -35,7 +36,7 @@ class Pictures(FileSource):
   Args:
     table: of the split.
     split: "train" is the one whose crops are drawn and which is mirrored.
-    resolution: side of the squares that are cut out, R.
+    resolution: side of the squares that are cut out, R, where there are no buckets.
     captions: "draw", one of a picture's captions each time; "each", every caption is a row;
       "joined", all of a picture's in one text; "class", the class's number, for systems that
       read labels.
@@ -55,6 +56,7 @@ class Pictures(FileSource):
   """
 
   quick = True
+  has_buckets = True
 
   def __init__(self, table: Table, split: str, resolution: int, *, captions: str = "draw",
                crop: str = "centre", flips: bool = False, sizes: bool = False,
@@ -80,6 +82,25 @@ class Pictures(FileSource):
     self._pairs = captions == "each"
     several = not self._pairs and bool(self._box_scale)
     self.varies = self._random or several and captions == "draw"
+
+  def bucket(self, shapes: tuple[Shape, ...]) -> None:
+    if self._box_scale:
+      raise UserError("squares around boxes have no ratios of height to width to put into buckets; "
+                      "set data.options.box_scale=0, or leave data.options.buckets out")
+    heights, widths = self.table["size"].astype(np.float64).T
+    if "seen" in self.table:
+      top, left, bottom, right = self.table["seen"].T
+      heights, widths = heights * (bottom - top), widths * (right - left)
+    self.buckets = assigned(shapes, heights, widths)
+    if self._pairs:
+      self.buckets = self.buckets.taken(np.repeat(np.arange(len(self.table)),
+                                                  np.diff(self.table["first"])))
+
+  def shape_of(self, index: int) -> Shape:
+    """Height and width of a row's picture as it is given."""
+    if self.buckets is None:
+      return self.resolution, self.resolution
+    return self.buckets.shapes[self.buckets.of[index]]
 
   @abc.abstractmethod
   def content(self, picture: int) -> bytes:
@@ -141,17 +162,18 @@ class Pictures(FileSource):
             and may_be_mirrored(self.caption(index, draw)))
 
   def image(self, index: int) -> np.ndarray:
-    """Row's picture in the middle, uint8 [R, R, 3]; raises `BadImage`."""
+    """Row's picture in the middle, uint8 [H, W, 3]; raises `BadImage`."""
     return self._decoded(index, self._part(index, 0), CENTRE)
 
   def drawn(self, index: int, draw: int) -> np.ndarray:
     part = self._part(index, draw)
-    return self._decoded(index, part, self._place(index, draw, part)[0])
+    place = self._cut_off(index, draw, part)[0] if self._random else CENTRE
+    return self._decoded(index, part, place)
 
   def _decoded(self, index: int, part: tuple[float, ...], place: tuple[float, float]) -> np.ndarray:
     picture = self.picture_of(index)
     try:
-      return decode(self.content(picture), self.resolution, part, place)
+      return decode(self.content(picture), self.shape_of(index), part, place)
     except BadImage as error:
       raise BadImage(self.table.name(picture), error.reason) from error
 
@@ -164,18 +186,23 @@ class Pictures(FileSource):
     box = self.table["boxes"][self._number(index, draw)]
     return around(box, self.table["size"][self.picture_of(index)], self._box_scale)
 
-  def _place(self, index: int, draw: int, part: tuple[float, ...]) -> tuple[tuple, np.ndarray]:
-    """Where in its part the square lies, as fractions and in pixels of the resized part."""
-    height, width = self._size_of(index, part)
-    scale = self.resolution / min(height, width)
-    free = [side * scale - self.resolution for side in (height, width)]
-    if not self._random:
-      return CENTRE, np.array([round(f / 2) for f in free], np.int32)
-    free = [round(f) for f in free]
-    crop = [int(uniform(stream, draw) * (f + 1)) for stream, f in zip((_DOWN, _ACROSS), free,
-                                                                      strict=True)]
-    place = tuple(c / f if f else 0.5 for c, f in zip(crop, free, strict=True))
-    return place, np.array(crop, np.int32)
+  def _cut_off(self, index: int, draw: int, part: tuple[float, ...]
+               ) -> tuple[tuple[float, float], np.ndarray]:
+    """Where in its part a row's box lies, down and across: 0 at the beginning, 1 at the end; and
+    what is cut off before and behind it, in pixels of the resized part, int32 [2 (before, behind),
+    2 (down, across)]."""
+    sides, shape = self._size_of(index, part), self.shape_of(index)
+    scale = max(wanted / side for wanted, side in zip(shape, sides, strict=True))
+    free = [side * scale - wanted for wanted, side in zip(shape, sides, strict=True)]
+    if self._random:
+      free = [round(f) for f in free]
+      before = [int(uniform(stream, draw) * (f + 1)) for stream, f in zip((_DOWN, _ACROSS), free,
+                                                                        strict=True)]
+      place = tuple(b / f if f else 0.5 for b, f in zip(before, free, strict=True))
+    else:
+      before, place = [round(f / 2) for f in free], CENTRE
+    behind = [round(f) - b for b, f in zip(before, free, strict=True)]
+    return place, np.array([before, behind], np.int32)
 
   def _size_of(self, index: int, part: tuple[float, ...]) -> tuple[float, float]:
     height, width = self.table["size"][self.picture_of(index)].tolist()
@@ -194,7 +221,10 @@ class Pictures(FileSource):
       if "original" in self.table and not self._box_scale:
         size = self.table["original"][self.picture_of(index)]
       extra["size"] = np.rint(size).astype(np.int32)
-      extra["crop"] = self._place(index, draw, part)[1]
+      (down, across), (_, behind) = self._cut_off(index, draw, part)[1]
+      # In a mirror, what lay behind comes first.
+      across = behind if self.mirrored(index, draw) else across
+      extra["crop"] = np.array([down, across], np.int32)
     return extra
 
   def digest(self) -> str:

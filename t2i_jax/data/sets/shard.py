@@ -8,6 +8,7 @@
 import dataclasses
 import io
 import json
+import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from t2i_jax.data.images import BadImage, open_picture, reason_of, to_rgb
+from t2i_jax.data.images import BadImage, lay_on_its_side, open_picture, reason_of, to_rgb
 from t2i_jax.data.sets import table
 from t2i_jax.data.sets.listing import Picture
 from t2i_jax.errors import UserError
@@ -51,8 +52,28 @@ def read(path: Path) -> Made:
     return Made(dict(columns), json.loads(_with(path, ".json").read_text()))
 
 
+def write_job(path: Path, pictures: Sequence[Picture], *arguments: int) -> None:
+  """Writes what `make` is to be called with beside a shard, for `make_written`."""
+  rows = [dataclasses.astuple(picture) for picture in pictures]
+  writing = _with(path, ".job.writing")
+  writing.write_text(json.dumps({"pictures": rows, "arguments": arguments}))
+  writing.replace(_with(path, ".job"))
+
+
+def make_written(path: Path) -> None:
+  """`make` with the arguments that `write_job` wrote; nothing where the shard is there."""
+  if is_made(path):
+    return
+  job = json.loads(_with(path, ".job").read_text())
+  pictures = [
+    Picture(name, file, tuple(captions), label, boxes and tuple(map(tuple, boxes)))
+    for name, file, captions, label, boxes in job["pictures"]
+  ]
+  make(path, pictures, *job["arguments"])
+
+
 def make(path: Path, pictures: Sequence[Picture], size: int, classes: int, boxes: bool) -> None:
-  """Reads pictures and writes their shard.
+  """Reads pictures and writes their shard, whole or not at all, also where two do at once.
 
   Args:
     path: of the shard, without an ending.
@@ -81,7 +102,8 @@ def make(path: Path, pictures: Sequence[Picture], size: int, classes: int, boxes
       parts.extend(example.get("boxes", ()))
       yield example["name"], serializer.serialize_example(kinds.encode_example(example))
 
-  writing = _with(path, ".writing")
+  mine = uuid.uuid4().hex[:8]
+  writing = _with(path, f".{mine}.writing")
   files = file_adapters.ArrayRecordFileAdapter
   try:
     files.write_examples(writing, rows())
@@ -96,10 +118,12 @@ def make(path: Path, pictures: Sequence[Picture], size: int, classes: int, boxes
   if boxes:
     more["boxes"] = np.array(parts, np.float32).reshape(-1, 4)
   columns = table.columns(names, captions, size=np.array(sizes, np.int32).reshape(-1, 2), **more)
-  with open(_with(path, ".npz"), "wb") as file:
+  beside = _with(path, f".npz.{mine}.writing")
+  with open(beside, "wb") as file:
     np.savez(file, **columns)
+  beside.replace(_with(path, ".npz"))
   writing.replace(records(path))
-  done = _with(path, ".json.writing")
+  done = _with(path, f".json.{mine}.writing")
   done.write_text(json.dumps(skipped))
   done.replace(_with(path, ".json"))
 
@@ -157,12 +181,12 @@ def load(file: str, size: int) -> tuple[bytes, int, int]:
     content = Path(file).read_bytes()
     with open_picture(content) as image:
       width, height = image.size
-      if image.getexif().get(0x0112, 1) >= 5:  # the camera lay on its side
-        width, height = height, width
       shrink = size and min(width, height) > size
       if image.format == "JPEG":
         image.draft(None, (2 * size, 2 * size) if shrink else (1, 1))
       image.load()
+      if lay_on_its_side(image):
+        width, height = height, width
       if not shrink:
         return content, width, height
       rgb = to_rgb(ImageOps.exif_transpose(image))
@@ -173,9 +197,3 @@ def load(file: str, size: int) -> tuple[bytes, int, int]:
   out = io.BytesIO()
   rgb.save(out, "JPEG", quality=_QUALITY, subsampling=0)
   return out.getvalue(), width, height
-
-
-def load_size(content: bytes) -> tuple[int, int]:
-  """Height and width of a picture's bytes."""
-  with open_picture(content) as image:
-    return image.height, image.width

@@ -90,7 +90,7 @@ def _file(prefix: Path, column: str) -> Path:
 
 
 class Table:
-  """A table that `write` wrote; see the module for its columns.
+  """A table that `write` wrote, or (`Table.of`) one in memory; see the module for its columns.
 
   Args:
     prefix: as given to `write`.
@@ -98,6 +98,13 @@ class Table:
   Raises:
     UserError: a column is missing or damaged.
   """
+
+  @classmethod
+  def of(cls, columns: Mapping[str, np.ndarray]) -> "Table":
+    """The table of such columns as the function `columns` gives."""
+    table = cls.__new__(cls)
+    table.__setstate__(dict(columns))
+    return table
 
   def __init__(self, prefix: Path):
     self._prefix = prefix
@@ -123,12 +130,19 @@ class Table:
                         "again") from None
       self._columns[path.name.split(".")[-2]] = column
 
-  def __getstate__(self) -> Path:
-    return self._prefix  # a mapped array would be copied
+  def __getstate__(self) -> Path | dict[str, np.ndarray]:
+    return self._prefix or self._columns  # a mapped array would be copied
 
-  def __setstate__(self, prefix: Path) -> None:
-    self._prefix = prefix
-    self._open()
+  def __setstate__(self, state: Path | dict[str, np.ndarray]) -> None:
+    self._prefix = None if isinstance(state, dict) else state
+    if self._prefix is None:
+      self._columns = state
+    else:
+      self._open()
+
+  def taken(self, pictures: np.ndarray, **more: np.ndarray) -> "Table":
+    """The table of some of the pictures, in memory; `more` are further columns of theirs."""
+    return Table.of({**take(self._columns, pictures), **more})
 
   def __len__(self) -> int:
     return len(self._columns["first"]) - 1

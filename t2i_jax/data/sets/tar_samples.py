@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from t2i_jax.data.images import open_picture, reason_of, to_rgb
+from t2i_jax.data.images import BadImage, reason_of, size_of, to_rgb
 from t2i_jax.data.sets import table
 from t2i_jax.data.sets.listing import clean
 from t2i_jax.data.sets.tar_index import BadArchive, Member, members, read_at
@@ -63,7 +64,7 @@ def index(path: Path, name: str, number: int, to: Path) -> None:
                    np.int64).reshape(-1, 3),
     seen=np.array(_seen(path, samples), np.float32).reshape(-1, 4),
   )
-  writing = to.with_suffix(".writing")
+  writing = to.with_suffix(f".{uuid.uuid4().hex[:8]}.writing")  # two may do it at once
   with open(writing, "wb") as file:
     np.savez(file, skipped=np.array(json.dumps(skipped)), **columns)
   writing.replace(to)
@@ -127,15 +128,14 @@ def _pair(about: Mapping[str, Any], *keys: str) -> tuple[int, int] | None:
 
 
 def _size(path: Path, picture: Member) -> tuple[int, int]:
-  """Height and width, from the picture's header."""
+  """Height and width as it is looked at, from the picture's header."""
   try:
     try:
-      content = read_at(path, picture.offset, min(picture.length, _HEADER))
-      with open_picture(content) as image:
-        return image.height, image.width
-    except Exception:
-      with open_picture(read_at(path, picture.offset, picture.length)) as image:
-        return image.height, image.width
+      return size_of(read_at(path, picture.offset, min(picture.length, _HEADER)))
+    except BadImage:
+      return size_of(read_at(path, picture.offset, picture.length))
+  except BadImage as error:
+    raise _Skip(error.reason) from error
   except Exception as error:
     raise _Skip(reason_of(error)) from error
 

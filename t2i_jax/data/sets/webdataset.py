@@ -22,7 +22,7 @@ import numpy as np
 
 from t2i_jax.data.held_out import held_out
 from t2i_jax.data.images import BadImage
-from t2i_jax.data.sets import parallel, table, tar_samples
+from t2i_jax.data.sets import beam, parallel, table, tar_samples
 from t2i_jax.data.sets.pictures import Pictures
 from t2i_jax.data.sets.prepared import default_root
 from t2i_jax.data.sets.tar_index import read_at
@@ -89,11 +89,14 @@ class WebDataset(Pictures):
       raise BadImage(self.table.name(picture), error.strerror or str(error)) from error
 
 
-def write_index(source: Path, root: str | os.PathLike, workers: int,
-                progress: Callable[[int, int], None]) -> tuple[Path, list[tuple[str, str]]]:
+def write_index(
+  source: Path, root: str | os.PathLike, workers: int, progress: Callable[[int, int], None],
+  runner: str = "", pipeline: str = "",
+) -> tuple[Path, list[tuple[str, str]]]:
   """Indexes the tar shards of a folder; returns the index's folder and what was skipped.
 
-  A run that was stopped goes on with the shards that are not indexed.
+  A run that was stopped goes on with the shards that are not indexed. Arguments are those of
+  `builder.PicturesBuilder`.
 
   Raises:
     UserError: there are no tar shards, or none has a picture with a caption.
@@ -109,7 +112,11 @@ def write_index(source: Path, root: str | os.PathLike, workers: int,
   jobs = [(source / names[n], names[n], n, parts[n]) for n in missing]
   begun = len(names) - len(missing)
   progress(begun, len(names))
-  parallel.run(tar_samples.index, jobs, workers, lambda n: progress(begun + n + 1, len(names)))
+  tell = lambda n: progress(begun + n + 1, len(names))  # noqa: E731
+  if runner:
+    beam.run(tar_samples.index, jobs, runner, pipeline, tell)
+  else:
+    parallel.run(tar_samples.index, jobs, workers, tell)
   made = [tar_samples.read(part) for part in parts]
   skipped = [pair for part in made for pair in part.skipped]
   columns = _together([part.columns for part in made])

@@ -7,9 +7,12 @@ import jax.numpy as jnp
 from t2i_jax.networks.layers.attention import MultiHeadAttention
 from t2i_jax.networks.layers.embeddings import sincos_2d
 from t2i_jax.networks.layers.group_norm import GroupNorm
+from t2i_jax.networks.layers.stack import run_blocks
 
 Array = jax.Array
 zeros = nn.initializers.zeros
+# Name of a transformer's blocks: one of them is `block_0` and so on, their stack is `block`.
+BLOCK = "block"
 
 
 class AttentionBlock(nn.Module):
@@ -106,9 +109,9 @@ class TransformerBlock(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Array, context: Array | None = None, mask: Array | None = None
+    self, x: Array, each: None, context: Array | None = None, mask: Array | None = None
   ) -> Array:
-    """x [B, T, C], context [B, L, D], mask bool [B, L] -> [B, T, C]."""
+    """x [B, T, C], context [B, L, D], mask bool [B, L] -> [B, T, C]; see `stack.run_blocks`."""
     channels = x.shape[-1]
     norm = lambda name: nn.LayerNorm(1e-5, dtype=self.dtype, name=name)  # noqa: E731
     attention = lambda name: MultiHeadAttention(  # noqa: E731
@@ -130,6 +133,7 @@ class SpatialTransformer(nn.Module):
     depth: transformer blocks.
     groups: of the norm.
     remat: compute each block again in the backward pass rather than keep what is in it.
+    scan: several blocks are one program and stacked parameters; see `stack.run_blocks`.
     dtype: type of the computation.
   """
 
@@ -137,6 +141,7 @@ class SpatialTransformer(nn.Module):
   depth: int = 1
   groups: int = 32
   remat: bool = False
+  scan: bool = False
   dtype: jnp.dtype = jnp.float32
 
   @nn.compact
@@ -145,11 +150,13 @@ class SpatialTransformer(nn.Module):
   ) -> Array:
     """x [B, H, W, C], context [B, L, D], mask bool [B, L] -> [B, H, W, C]."""
     batch, height, width, channels = x.shape
-    block = nn.remat(TransformerBlock) if self.remat else TransformerBlock
+    make = lambda name: TransformerBlock(self.heads, self.dtype, name=name)  # noqa: E731
     h = GroupNorm(self.groups, 1e-6, self.dtype, name="norm")(x)
     h = h.reshape(batch, height * width, channels)
     h = nn.Dense(channels, dtype=self.dtype, name="project_in")(h)
-    for i in range(self.depth):
-      h = block(self.heads, self.dtype, name=f"block_{i}")(h, context, mask)
+    h, _ = run_blocks(
+      make, BLOCK, self.depth, h, (context, mask), remat="full" if self.remat else "none",
+      scan=self.scan and self.depth > 1,
+    )
     h = nn.Dense(channels, dtype=self.dtype, kernel_init=zeros, name="project_out")(h)
     return x + h.reshape(x.shape)

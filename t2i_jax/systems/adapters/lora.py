@@ -80,6 +80,8 @@ class LoRA(base.System):
       raise UserError("the text of a lora run is that of components.base, its encoders included; "
                       "leave text.encoder and text.cache as they are")
     taken = {"text": self.adaptee.text, "Options": self.adaptee.Options}
+    if isinstance(self.adaptee, base.ManyShapes):
+      taken["shape_of"] = self.adaptee.shape_of
     for name, method in inspect.getmembers(type(self.adaptee), inspect.isfunction):
       known = name.startswith("_") or hasattr(type(self), name)
       if not known and "variables" in list(inspect.signature(method).parameters)[1:2]:
@@ -98,6 +100,9 @@ class LoRA(base.System):
     if isinstance(self.adaptee, LoRA):
       raise UserError("components.base is a lora itself; merge it first, with python -m "
                       "t2i_jax.adapters merge")
+    if getattr(self.adaptee, "scan", False):
+      raise UserError("components.base has stacked blocks, whose layers take no adapters; train or "
+                      "convert it with model.scan=False")
     if len(self.adaptee.players) != 1 or self.adaptee.players[0].custom_gradients is not None:
       raise UserError(f"lora trains by the loss of the system that it adapts, and {kind} has "
                       f"{len(self.adaptee.players)} players; only a system of one player with one "

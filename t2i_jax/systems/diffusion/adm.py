@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from t2i_jax.networks.unet import UNet
 from t2i_jax.systems import base
-from t2i_jax.systems.base import Array, Batch, Conditioning, Field, Variables
+from t2i_jax.systems.base import Array, Batch, Conditioning, Variables
 from t2i_jax.systems.diffusion import labels
 from t2i_jax.systems.diffusion.ddpm import DDPM
 from t2i_jax.systems.diffusion.denoiser import DENOISER
@@ -23,18 +23,9 @@ from t2i_jax.systems.diffusion.unet_options import make_unet
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class ADM(DDPM):
-  """See the module's docstring.
+class ADM(labels.Labelled, DDPM):
+  """See the module's docstring; the published models drop no label."""
 
-  Attributes (beside those of `DDPM`):
-    classes: (attribute, number of its values) pairs, in the order of the batch's `label`, whose
-      embeddings are added up; () for a model without labels, which only a guide makes obey.
-    label_drop: probability of training on no label (Ho and Salimans 2022), so that there is
-      something for `guidance` to lead away from; 0 for the published models.
-  """
-
-  classes: tuple[tuple[str, int], ...] = ()
-  label_drop: float = 0.0
   learned_variance: bool = True
   channels: int = 192
   multipliers: tuple[float, ...] = (1, 2, 3, 4)
@@ -44,20 +35,9 @@ class ADM(DDPM):
   epsilon: float = 1e-5
   block_resample: bool = True
 
-  def __post_init__(self):
-    super().__post_init__()
-    labels.check_labels(self)
-
-  @property
-  def labels(self) -> tuple[tuple[str, int], ...]:
-    return self.classes or super().labels
-
   @cached_property
   def network(self) -> UNet:
     return make_unet(self, 3 * self.outputs, classes=labels.rows_of(self.classes))
-
-  def batch_spec(self) -> dict[str, Field]:
-    return {**super().batch_spec(), **labels.label_spec(self.classes)}
 
   def init_denoiser(self, rng: Array, x: Array, given: Conditioning) -> Variables:
     return self.network.init(rng, x, jnp.zeros(len(x), jnp.int32), **_arguments(given))
@@ -73,9 +53,6 @@ class ADM(DDPM):
   ) -> tuple[Conditioning, Array | None]:
     given, drafted = super().reading(variables, batch, rng)
     return labels.trained(self, given, batch, rng), drafted
-
-  def condition(self, variables: Variables, batch: Batch) -> Conditioning:
-    return labels.asked_for(self, super().condition(variables, batch), batch)
 
 
 def _arguments(given: Conditioning) -> dict[str, Array | None]:

@@ -6,6 +6,7 @@ Salimans 2022 (guidance without a classifier).
 """
 
 import dataclasses
+import math
 from functools import cached_property
 from typing import Any
 
@@ -29,7 +30,7 @@ class DDPM(Denoiser):
   Attributes (beside those of `Denoiser`):
     draft: side of the coarse picture that is predicted from the text alone, with a squared
       error of its own, and whose features the U-Net gets (`networks.draft`); 0 for none.
-    channels ... remat: of the `UNet`.
+    channels ... scan: of the `UNet`.
   """
 
   draft: int = 0
@@ -54,6 +55,7 @@ class DDPM(Denoiser):
   symmetric: bool = False
   sine_first: bool = False
   remat: bool = False
+  scan: bool = False
 
   def __post_init__(self):
     super().__post_init__()
@@ -70,6 +72,14 @@ class DDPM(Denoiser):
         f"model.draft={self.draft} does not divide {self.resolution // self.patch} "
         "(model.resolution / model.patch); change it, or set 0 for no draft"
       )
+
+  def shape_of(self, height: int, width: int) -> tuple[int, int, int]:
+    # The draft has as many cells down as across, whatever the picture's shape.
+    unit = self.patch * math.lcm(2 ** (len(self.multipliers) - 1), self.draft or 1)
+    if height % unit or width % unit:
+      raise UserError(f"pictures of {height} x {width} do not fit the network: use multiples of "
+                      f"{unit}")
+    return height, width, 3
 
   @cached_property
   def network(self) -> UNet:

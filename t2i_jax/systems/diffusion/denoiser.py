@@ -163,10 +163,10 @@ class Denoiser(base.System):
     return (self.resolution, self.resolution, 3)
 
   def shape_of(self, height: int, width: int) -> tuple[int, int, int]:
-    """The same for pictures of another size; UserError for one that cannot be drawn."""
+    """The same for pictures of another size; UserError for one that the network does not take."""
     if (height, width) != (self.resolution, self.resolution):
-      raise UserError(f"{type(self).__name__} draws pictures of model.resolution={self.resolution} "
-                      "alone; leave height and width out")
+      raise UserError(f"{type(self).__name__} takes pictures of model.resolution={self.resolution} "
+                      f"alone, not of {height} x {width}")
     return self.shape
 
   def batch_spec(self) -> dict[str, Field]:

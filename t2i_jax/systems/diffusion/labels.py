@@ -1,5 +1,6 @@
 """Labels beside a text, or in its place: what networks are told of a data set's attributes."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -8,10 +9,40 @@ import numpy as np
 
 from t2i_jax.errors import UserError
 from t2i_jax.systems import base
-from t2i_jax.systems.base import GUIDE, Array, Batch, Conditioning, Field
+from t2i_jax.systems.base import GUIDE, Array, Batch, Conditioning, Field, Variables
+from t2i_jax.systems.diffusion.denoiser import Denoiser
 
 LABEL = "label"
 UNSAID = -1  # a label that the network is not told
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Labelled(Denoiser):
+  """A diffusion system that may be told labels; put it before the kind of `Denoiser` that it is.
+
+  Attributes (beside those of `Denoiser`):
+    classes: (attribute, number of its values) pairs, in the order of the batch's `label`, whose
+      embeddings are added up; () for a model without labels, which only a guide makes obey.
+    label_drop: probability of training on no label (Ho and Salimans 2022), so that there is
+      something for `guidance` to lead away from.
+  """
+
+  classes: tuple[tuple[str, int], ...] = ()
+  label_drop: float = 0.0
+
+  def __post_init__(self):
+    super().__post_init__()
+    check_labels(self)
+
+  @property
+  def labels(self) -> tuple[tuple[str, int], ...]:
+    return self.classes or super().labels
+
+  def batch_spec(self) -> dict[str, Field]:
+    return {**super().batch_spec(), **label_spec(self.classes)}
+
+  def condition(self, variables: Variables, batch: Batch) -> Conditioning:
+    return asked_for(self, super().condition(variables, batch), batch)
 
 
 def check_labels(system: Any) -> None:

@@ -91,7 +91,8 @@ class LatentDenoiser(Denoiser):
   def shape_of(self, height: int, width: int) -> tuple[int, int, int]:
     unit = self.resolution // self.shape[0] * self.unit
     if height % unit or width % unit:
-      raise UserError(f"pictures of {height} x {width} cannot be drawn: use multiples of {unit}")
+      raise UserError(f"pictures of {height} x {width} do not fit the network: use multiples of "
+                      f"{unit}")
     factor = self.resolution // self.shape[0]
     return height // factor, width // factor, self.shape[-1]
 

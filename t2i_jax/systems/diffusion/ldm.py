@@ -25,7 +25,7 @@ class LDM(LatentDenoiser):
   """See the module's docstring.
 
   Attributes (beside those of `LatentDenoiser`):
-    channels ... remat: of the `UNet`.
+    channels ... scan: of the `UNet`.
   """
 
   channels: int = 320
@@ -48,6 +48,7 @@ class LDM(LatentDenoiser):
   symmetric: bool = True
   pooled_mlp: bool = False
   remat: bool = False
+  scan: bool = False
 
   def __post_init__(self):
     check_network(self)

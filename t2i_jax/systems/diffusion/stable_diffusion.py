@@ -62,7 +62,8 @@ class SDXL(StableDiffusion):
   `text.encoders` is ("text_encoder+text_encoder_2",), whose features, of the layers before the
   last and without a final norm, are put side by side; `text.pooled` is ("text_encoder_2",), with
   its projection; `text.null` is "zeros". Batches bring `size` (of the original picture) and `crop`
-  (what was cut off at the top and left); what the network is to fill is the resolution.
+  (what was cut off at the top and left); what the network is to fill is the shape of the batch's
+  pictures (section 2.3: of their bucket).
   """
 
   Options = SDXLOptions
@@ -81,7 +82,10 @@ class SDXL(StableDiffusion):
     self, variables: Variables, batch: Batch, rng: Array | None = None
   ) -> Conditioning:
     given = super().given(variables, batch, rng)
-    target = jnp.full_like(batch["size"], self.resolution)
+    sides = (self.resolution, self.resolution)  # of what latents were stored of
+    if "image" in batch:
+      sides = batch["image"].shape[1:3]
+    target = jnp.broadcast_to(jnp.asarray(sides, jnp.int32), batch["size"].shape)
     sizes = jnp.concatenate([batch["size"], batch["crop"], target], axis=-1)
     return given.replace(extra={**given.extra, "sizes": sizes})
 
