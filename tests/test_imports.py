@@ -28,8 +28,8 @@ LAYERS = (
   ("recipe", "bucketing", "assembly", "guiding", "caches", "export", "restore", "pipeline",
    "hooks", "command", "prompts"),
   ("main", "sample", "evaluate", "evaluation", "feature_networks", "convert", "conversion",
-   "precompute",
-   "precompute_text", "precompute_latents", "plan", "planning", "adapters", "data.prepare"),
+   "precompute", "precompute_text", "precompute_latents", "plan", "planning", "adapters",
+   "data.prepare"),
 )
 # What a folder must not know, beyond its layer.
 APART = {
