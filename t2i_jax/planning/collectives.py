@@ -82,10 +82,9 @@ def _walked(
   """Instructions that may be collectives, how often each runs, whether in a scattering fusion."""
   for line in computations.get(name, ()):
     if " while(" in line:
-      trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
       body = re.search(r"body=%?([\w.\-]+)", line)
       if body:
-        yield from _walked(computations, body[1], times * int(trips[1] if trips else 1), scattered)
+        yield from _walked(computations, body[1], times * _trips(computations, line), scattered)
       continue
     if _kind(line):
       yield line, times, scattered
@@ -98,6 +97,23 @@ def _walked(
     if branches := re.search(r"branch_computations=\{([^}]*)\}", line):
       for called in re.findall(r"%?([\w.\-]+)", branches[1]):
         yield from _walked(computations, called, times, scattered)
+
+
+def _trips(computations: dict[str, list[str]], loop: str) -> int:
+  """How often a loop runs: as it says, or as its condition has it; 1 where that tells nothing.
+
+  The loops of `jax.lax.scan` count from 0 while they are below a constant.
+  """
+  if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop):
+    return int(known[1])
+  condition = computations.get(re.search(r"condition=%?([\w.\-]+)", loop)[1], ())
+  below = [line for line in condition if " compare(" in line and "direction=LT" in line]
+  limit = re.search(r" compare\([^,]+, %?([\w.\-]+)\)", below[0]) if len(below) == 1 else None
+  if limit is None:
+    return 1
+  constant = re.compile(rf"%?{re.escape(limit[1])} = s32\[\]\S* constant\((\d+)\)")
+  found = [match for line in condition if (match := constant.match(line))]
+  return int(found[0][1]) if found else 1
 
 
 def _kind(line: str) -> str | None:

@@ -19,6 +19,12 @@ def test_every_collective_counts_as_often_as_it_runs():
   }
 
 
+def test_a_loop_that_does_not_say_how_often_it_runs_counts_to_its_limit():
+  said = ', backend_config={"known_trip_count":{"n":"24"}}'
+  assert said in PROGRAM and "constant(24)" in PROGRAM
+  assert traffic(PROGRAM.replace(said, ""), 8) == traffic(PROGRAM, 8)
+
+
 def test_a_program_of_one_chip_sends_nothing():
   alone = "ENTRY %main (x: f32[2]) -> f32[2] {\n  ROOT %x = f32[2]{0} parameter(0)\n}"
   assert traffic(alone, 1) == {}
