@@ -14,8 +14,8 @@ Arguments:
   dataset: "folder", "scenes" (one object), "scenes_two", "scenes_all", or one of
     docs/data_sets.md; "emoji" knows no sizes of its pictures, without which this is not trained.
 
-`--config.model.scan=True` compiles each transformer's blocks once rather than up to ten times. It stacks
-their parameters, so it is for runs that begin without `init_from` a converted model, and without adapters.
+`--config.model.scan=True` compiles each transformer's blocks once rather than up to ten times. It
+stacks their parameters: for runs without `init_from` a converted model, and without adapters.
 
 Offset noise (0.05 in the last stage of the published training) is `--config.model.offset_noise`.
 
