@@ -169,7 +169,8 @@ def _train(
       if isinstance(system, base.Sampler):
         pipeline = Pipeline(system, tokenizers, mesh, config=config, resting=run.resting)
       hooks, scores = _hooks(
-        config, system, source, latents, read_text, pipeline, mesh, workdir, writers, run, steps_of
+        config, system, source, latents, read_text, pipeline, mesh, workdir, writers, run, steps_of,
+        watchdog.alive,
       )
       flops = 0.0
       if run.step < total:
@@ -262,7 +263,8 @@ def _durations(config: ConfigDict, epoch_size: int | None):
 
 
 def _hooks(
-  config, system, source, latents, read_text, pipeline, mesh, workdir, writers, run: Run, steps_of
+  config, system, source, latents, read_text, pipeline, mesh, workdir, writers, run: Run, steps_of,
+  alive
 ) -> tuple[list[loop.Hook], RunScores | None]:
   """What the run does beside stepping, and what measures its pictures, if anything.
 
@@ -290,9 +292,14 @@ def _hooks(
   options = config.sample.options.to_dict()
   if every or _is_scored(config, system):
     pipeline.check(run.plan.abstract_state.variables(ema=True), **options)
-  scores = RunScores(config, pipeline, mesh, workdir) if _is_scored(config, system) else None
+  scores = None
+  if _is_scored(config, system):
+    scores = RunScores(config, pipeline, mesh, workdir, alive)
   measured = steps_of(config.evaluate.metrics_every, "evaluate.metrics_every")
-  if scores is not None and measured:
+  if measured and scores is None:
+    raise UserError("evaluate.metrics_every is set, and there is nothing to measure; set "
+                    "evaluate.metrics and evaluate.pictures")
+  if measured:
     hooks.append(MeasurePictures(scores, measured, writers))
   if every:
     prompts = list(config.sample.prompts) or default_prompts(

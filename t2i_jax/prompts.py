@@ -1,6 +1,5 @@
 """Prompts from files: one a line, or rows with a column of prompts and others about them."""
 
-import csv
 import dataclasses
 import json
 import os
@@ -57,9 +56,13 @@ def _read_lines(path, lines: list[str]) -> list[Prompt]:
 
 
 def _read_tsv(path, lines: list[str]) -> list[Prompt]:
-  rows = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
+  # Without quoting a row is its cells, between tabs.
+  rows = (line.split("\t") for line in lines)
   header = next(rows, [])
   column = _column(path, 1, header)
+  if len(set(header)) < len(header):
+    raise UserError(f"--prompts={path}, line 1: two columns have one name; rename one of "
+                    f"{', '.join(header)}")
   prompts = []
   for number, row in enumerate(rows, start=2):
     if not any(cell.strip() for cell in row):
@@ -79,7 +82,7 @@ def _read_jsonl(path, lines: list[str]) -> list[Prompt]:
       continue
     try:
       row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
       raise UserError(f"--prompts={path}, line {number}: no JSON ({error})") from error
     if not isinstance(row, dict):
       raise UserError(f"--prompts={path}, line {number}: no JSON object, such as "

@@ -34,12 +34,17 @@ def test_tables_and_rows(tmp_path):
   (geneval,) = read_prompts(written(tmp_path, "evaluation_metadata.jsonl", row + "\n\n"))
   assert geneval.text == "two dogs" and geneval.about["include"] == [{"class": "dog", "count": 2}]
   assert geneval.about["prompt"] == "two dogs"
+  long = "x" * 200_000
+  (cell,) = read_prompts(written(tmp_path, "long.tsv", f"prompt\n{long}\n"))
+  assert cell.text == long
 
 
 @pytest.mark.parametrize("name, content, message", [
   ("a.txt", "\n \n", "holds no prompts"),
   ("a.txt", b"\xff\xfe", "is not UTF-8 text"),
   ("a.tsv", "Title\tCategory\nx\ty\n", "line 1: no column prompt, caption or text; it has Title"),
+  ("a.tsv", "Prompt\tPrompt\nx\ty\n", "line 1: two columns have one name"),
+  ("a.jsonl", "[" * 100_000, "line 1: no JSON ("),
   ("a.tsv", PARTI + "one cell\n", "line 4: 1 cells for the 4 columns Prompt"),
   ("a.jsonl", "{", "line 1: no JSON ("),
   ("a.jsonl", "[1]", "line 1: no JSON object, such as"),

@@ -1,5 +1,6 @@
 """Which prompts are drawn: a split's captions, or those of a file."""
 
+import copy
 import dataclasses
 from collections.abc import Iterator
 from typing import Any
@@ -103,13 +104,19 @@ class Sources:
 
   def __init__(self, config: Any):
     self.config = config
-    self._open: dict[tuple[str, int], Source] = {}
+    self._open: dict[tuple[str, int, bool], Source] = {}
 
-  def of(self, split: str, resolution: int) -> Source:
+  def of(self, split: str, resolution: int, bucketed: bool = False) -> Source:
+    """A split, whose pictures are squares unless they shall be as `bucketed` as in training."""
     check_splits(self.config.data.name, [split])
-    key = (split, resolution)
+    key = (split, resolution, bucketed)
     if key not in self._open:
-      self._open[key] = assembly.open_data(self.config, split, resolution)
+      config = self.config
+      if not bucketed and data.BUCKETS in config.data.options:
+        config = copy.deepcopy(config)
+        with config.unlocked():
+          config.data.options[data.BUCKETS] = ()
+      self._open[key] = assembly.open_data(config, split, resolution)
     return self._open[key]
 
 

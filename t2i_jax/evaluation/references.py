@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from absl import logging
 from etils import epath
 
 from t2i_jax.data.base import digest_of
@@ -14,7 +15,7 @@ from t2i_jax.evaluation.prompt_sets import real_pictures
 from t2i_jax.metrics.network import Features
 from t2i_jax.metrics.reference import Reference
 from t2i_jax.metrics.registry import INCEPTION, METRICS, Networks, reference_networks
-from t2i_jax.parallel.distributed import barrier, is_primary
+from t2i_jax.parallel.distributed import agree_any, barrier, is_primary
 
 
 @dataclasses.dataclass
@@ -95,11 +96,16 @@ class References:
     source, dataset = sources.of(split, resolution), sources.config.data.name
     count = self.pictures if source.infinite else min(self.pictures, len(source))
     about = f"{dataset}, split {split}, {count} pictures"
-    how = digest_of(network.digest, network.preprocessing, source.digest(), rows)[:12]
+    options = sources.config.data.options.to_json_best_effort(sort_keys=True)
+    how = digest_of(network.digest, network.preprocessing, source.digest(), options, rows)[:12]
     name = slug(f"{dataset}_{split}_{resolution}_{count}_{kind}_{how}")
     path = self.folder / "references" / f"{name}.npz"
-    if path.exists():
-      return Reference.load(path)
+    # All hosts read it or all measure it, which they do together.
+    if not agree_any(not path.exists()):
+      try:
+        return Reference.load(path)
+      except UserError as error:
+        logging.warning("%s: it is measured again", error)
     progress = Progress(f"{kind}, {dataset} {split}", "measured")
     progress.begin(count, 0)
     reference = Reference.measure(

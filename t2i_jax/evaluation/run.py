@@ -82,8 +82,7 @@ def evaluate(flags: Any) -> None:
       for model in models for prompts in sets
     }
     for point in at:
-      side = assembly.resolution_of(point.model.system)
-      size = tuple(point.options.get(name) or side for name in ("height", "width"))
+      size = scoring.size_of(point.options, point.model.system)
       for prompts in sets:
         scores = make(drawn, networks, by_point[point.model.name, prompts.name])
         scoring.check_measurable(scores, size, prompts)
@@ -246,7 +245,8 @@ def _measure(
   for prompts in sets:
     losses = {}
     if LOSS in metrics:
-      source = sources.of(prompts.split, assembly.resolution_of(model.system))
+      side = assembly.resolution_of(model.system)
+      source = sources.of(prompts.split, side, bucketed=True)
       losses = held_out.held_out_loss(pipeline, source, prompts.split, flags.batch_size)
     for point in at:
       kept = _shards(path, point, prompts, flags.batch_size, shards)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from t2i_jax import assembly
 from t2i_jax.data.base import digest_of
 from t2i_jax.errors import UserError, unknown
 from t2i_jax.evaluation import verifier
@@ -51,6 +52,12 @@ def check_names(names: Sequence[str], each: int) -> None:
     if "repeats" in needs and each < 2:
       raise UserError(f"{name} compares pictures of the same prompt; draw several with --each=2 or "
                       "more")
+
+
+def size_of(options: Mapping[str, Any], system: Any) -> tuple[int, int]:
+  """Height and width of the pictures that a system draws with these options."""
+  side = assembly.resolution_of(system)
+  return tuple(options.get(name) or side for name in ("height", "width"))
 
 
 def check_measurable(scores: Scores, size: tuple[int, int], prompts: PromptSet) -> None:

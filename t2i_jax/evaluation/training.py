@@ -1,6 +1,7 @@
 """Metrics of a run's own pictures: at their own cadence while it trains, and at its end."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from etils import epath
@@ -30,9 +31,12 @@ class RunScores:
     splits: on which it measures.
   """
 
-  def __init__(self, config: Any, pipeline: Pipeline, mesh: Mesh, workdir: epath.Path):
+  def __init__(self, config: Any, pipeline: Pipeline, mesh: Mesh, workdir: epath.Path,
+               alive: Callable[[], None] = lambda: None):
+    """`alive` is called now and then while pictures are drawn and measured."""
     self.splits = assembly.held_out_splits(config)
     self._config, self._pipeline, self._workdir = config, pipeline, workdir
+    self._alive = alive
     self._names = [name for name in config.evaluate.metrics if name not in OWN]
     self._last: tuple[int, dict[str, Any]] | None = None
     scoring.check_names(config.evaluate.metrics, 1)
@@ -52,8 +56,9 @@ class RunScores:
     self._references = {
       split: compared.of(self._names, self._sources, split, side) for split in self.splits
     }
+    size = scoring.size_of(config.sample.options, pipeline.system)
     for split in self.splits:
-      self._scores(split).check((side, side))
+      self._scores(split).check(size)
 
   def _scores(self, split: str):
     seed = self._config.sample.seed
@@ -82,7 +87,8 @@ class RunScores:
     captions = prompt_sets.of_split(source, split, pictures, 1).captions
     options, started = config.sample.options.to_dict(), time.monotonic()
     drawn = self._pipeline(
-      captions, config.sample.seed, variables=variables, batch_size=BATCH, **options
+      captions, config.sample.seed, variables=variables, batch_size=BATCH,
+      progress=lambda done: self._alive(), **options
     )
     found: dict[str, Any] = {"pictures": pictures, "options": options}
     if self._judges:
@@ -92,6 +98,7 @@ class RunScores:
       for start in range(0, pictures, BATCH):
         stop = min(start + BATCH, pictures)
         scores.update(drawn[start:stop], captions=captions[start:stop])
+        self._alive()
       found["results"] = {name: scoring.as_json(name, r) for name, r in scores.results().items()}
     return found, drawn, captions
 

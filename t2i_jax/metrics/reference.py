@@ -2,13 +2,14 @@
 
 import dataclasses
 import hashlib
+import io
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from t2i_jax.errors import UserError
 from t2i_jax.metrics.frechet import Moments
@@ -156,14 +157,14 @@ def write_arrays(
   path: str | os.PathLike, meta: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
 ) -> None:
   """An npz file of arrays and of settings, written beside `path` and then put there."""
-  path = Path(path).expanduser()
+  path = epath.Path(path).expanduser()
   beside = path.with_name(f".{path.name}.writing")
-  text = np.frombuffer(json.dumps(meta).encode(), np.uint8)
+  content = io.BytesIO()  # stores have no files that one can seek in
+  np.savez(content, meta=np.frombuffer(json.dumps(meta).encode(), np.uint8), **arrays)
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with beside.open("wb") as file:
-      np.savez(file, meta=text, **arrays)
-    os.replace(beside, path)
+    beside.write_bytes(content.getbuffer())
+    beside.replace(path)
   except OSError as error:
     beside.unlink(missing_ok=True)
     raise UserError(f"cannot write {path}: {error.strerror or error}; free space there or choose "
@@ -174,12 +175,12 @@ def read_arrays(
   path: str | os.PathLike, required: tuple[str, ...] = ()
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
   """What `write_arrays` wrote: settings, empty for another program's npz file, and arrays."""
-  path = Path(path).expanduser()
+  path = epath.Path(path).expanduser()
   if not path.is_file():
     raise UserError(f"no file at '{path}'; measure and save it first")
   try:
     # Nothing pickled is read.
-    with np.load(path, allow_pickle=False) as file:
+    with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
       arrays = {name: file[name] for name in file.files}
     meta = json.loads(bytes(arrays.pop("meta"))) if "meta" in arrays else {}
   except Exception as error:  # what a damaged archive raises is not bounded

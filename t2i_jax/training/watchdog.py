@@ -80,6 +80,11 @@ class Watchdog:
     """The run, which has done `step` steps, has moved."""
     self._moved = step, time.monotonic()
 
+  def alive(self) -> None:
+    """The run is at work between two steps; nothing while it rests."""
+    if self._moved is not None:
+      self._moved = self._moved[0], time.monotonic()
+
   def rest(self) -> None:
     """What follows may take any time."""
     self._moved = None

@@ -85,6 +85,19 @@ def test_a_run_that_moves_is_left_alone(world):
   assert not world.told and not world.at_exit
 
 
+def test_work_between_two_steps_is_no_hang(world, capfd):
+  with Watchdog(1) as dog:
+    dog.alive()  # before the first step nothing is waited for, and still is not
+    world.now = 1000.0
+    assert not world.ends()
+    dog.moved(1)
+    for world.now in (1055.0, 1110.0, 1165.0):
+      dog.alive()
+      assert not world.ends()
+    world.now = 1226.0
+    assert world.ends()
+
+
 def test_a_step_that_does_not_end_ends_the_run(world, capfd):
   with Watchdog(patience=1.0) as dog:
     dog.moved(7)

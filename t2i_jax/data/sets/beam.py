@@ -27,8 +27,8 @@ def run(function: Callable[..., Any], jobs: Sequence[tuple], runner: str, option
     import apache_beam
     from apache_beam.options.pipeline_options import PipelineOptions
   except ImportError as error:
-    raise UserError(f"--runner={runner} needs Apache Beam ({error}): pip install "
-                    "'t2i_jax[beam]'") from None
+    raise UserError(f"--runner={runner} needs Apache Beam ({error}): pip install -e "
+                    "'.[beam]'") from None
   try:
     # The description of the pipeline names what is run; the session's other modules are not sent.
     given = PipelineOptions(shlex.split(options), runner=runner, save_main_session=False)
