@@ -230,7 +230,7 @@ def evaluation_batches(
   The last batch is filled up with its first row, and `valid` bool [b] is False there,
   as it is for a row whose picture cannot be read. Every host gives the same
   number of batches. A row's caption is always the same one. Where there are buckets, each has
-  batches of its own, spread evenly over all of them.
+  batches of its own, spread evenly over all of them, so that the first n are in proportion.
 
   Raises:
     UserError: `rows` are not rows of such a batch.
@@ -244,10 +244,18 @@ def evaluation_batches(
 
 
 def _in_turns(source: Source, batch_size: int) -> Iterator[np.ndarray]:
-  """All rows in batches of one bucket each, of at most `batch_size`."""
+  """All rows in batches of one bucket each, of at most `batch_size`.
+
+  Who reads only the first batches shall see the buckets in proportion. So the batches of a bucket
+  lie in the middles of as many equal parts of the whole; where those of several coincide, the
+  bucket with more rows comes first.
+  """
   parts = [np.arange(len(source))]
   if source.buckets is not None:
     parts = [source.buckets.rows(bucket) for bucket in source.buckets.used]
-  cut = [(start / len(rows), rows[start : start + batch_size])
-         for rows in parts for start in range(0, len(rows), batch_size)]
-  return (rows for _, rows in sorted(cut, key=lambda batch: batch[0]))
+  cut = []
+  for rows in parts:
+    count = -(-len(rows) // batch_size)
+    cut += [((n + 0.5) / count, -len(rows), rows[n * batch_size : (n + 1) * batch_size])
+            for n in range(count)]
+  return (rows for *_, rows in sorted(cut, key=lambda batch: batch[:2]))

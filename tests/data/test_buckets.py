@@ -9,7 +9,7 @@ from PIL import Image
 from t2i_jax.data import open_source
 from t2i_jax.data.buckets import Buckets, assigned, made_of, shapes_of
 from t2i_jax.data.images import BadImage, decode
-from t2i_jax.data.loader import Loader, evaluation_batches
+from t2i_jax.data.loader import Loader, _in_turns, evaluation_batches
 from t2i_jax.data.memory import InMemory, in_memory
 from t2i_jax.data.order import BucketedOrder
 from t2i_jax.errors import UserError
@@ -202,6 +202,21 @@ def test_evaluation_gives_every_row_once_in_batches_of_one_shape(tmp_path):
   assert [batch["image"].shape[1:3] for batch in batches] == [(24, 8), (16, 16), (8, 24), (24, 8)]
   seen = np.concatenate([b["index"][b["valid"]] for b in batches])
   assert sorted(seen) == [0, 1, 2, 3, 4, 6]
+
+
+def test_the_first_batches_of_an_evaluation_are_of_the_largest_buckets():
+  counts = np.full(20, 3)
+  counts[[4, 11, 17]] = 40, 90, 60
+  counts[9] = 7  # the fullest of those that have one batch
+  source = Rows(counts)
+  buckets = [int(source.buckets.of[rows[0]]) for rows in _in_turns(source, 10)]
+  assert len(buckets) == 4 + 9 + 6 + 17 and set(buckets[:8]) == {4, 11, 17}
+  # Each beginning is in proportion; what has one batch alone comes in the middle.
+  for n in range(1, 37):
+    for bucket, count in ((4, 4), (11, 9), (17, 6)):
+      assert abs(buckets[:n].count(bucket) - count * n / 36) <= 3
+  assert buckets.index(9) < min(buckets.index(n) for n in (0, 1, 19))
+  assert [len(rows) for rows in _in_turns(Rows([25]), 10)] == [10, 10, 5]
 
 
 def test_what_cannot_be_read_is_replaced_within_its_bucket(tmp_path):
