@@ -15,7 +15,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from t2i_jax.data.base import FileSource, Rows, Source
+from t2i_jax.data.base import FileSource, Rows, Source, digest_of
 from t2i_jax.data.buckets import Buckets
 from t2i_jax.data.images import BadImage
 from t2i_jax.errors import UserError
@@ -83,7 +83,11 @@ class InMemory(Source):
     return len(self._kept)
 
   def fetch(self, indices: np.ndarray, draws: np.ndarray) -> Rows:
-    images = self._images[self._buckets.of[indices[0]]][self._places[indices]]
+    buckets = np.unique(self._buckets.of[indices])
+    if len(buckets) != 1:
+      raise ValueError("rows that are fetched together are of one bucket, these "
+                       f"{len(indices)} are of {len(buckets)}: {buckets.tolist()}")
+    images = self._images[buckets[0]][self._places[indices]]
     if self._source.mirrors:
       for n, (row, draw) in enumerate(zip(self._kept[indices], draws, strict=True)):
         if self._source.mirrored(int(row), int(draw)):
@@ -99,6 +103,13 @@ class InMemory(Source):
       captions=[c[int(d) % len(c)] for c, d in zip(choices, draws, strict=True)],
       extra={k: v[indices] for k, v in self._extra.items()},
     )
+
+  def digest(self) -> str:
+    """That of the source; where rows are left out, also of which are kept."""
+    digest = self._source.digest()
+    if len(self) == len(self._source):
+      return digest
+    return digest_of(digest, self._kept.astype("<i8").tobytes())
 
   def captions(self) -> Iterator[str]:
     if self._source.quick:

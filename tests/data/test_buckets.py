@@ -186,6 +186,8 @@ def test_loaders_of_hosts_workers_and_memory_agree(tmp_path):
       np.testing.assert_array_equal(one[key], np.concatenate([h[key] for h in hosts]))
     assert one["image"].shape[1:3] == kept.buckets.shapes[kept.buckets.of[one["index"][0]]]
   assert shapes == {(4, 24, 8, 3), (4, 16, 16, 3), (4, 8, 24, 3)}
+  with pytest.raises(ValueError, match=r"of one bucket, these 3 are of 2: \[1, 2\]"):
+    kept.fetch(np.array([0, 1, 3]), np.zeros(3, np.uint64))
   assert [shape for shape, _ in loaders[0].shapes()] == [(24, 8), (16, 16), (8, 24)]
   resumed = make(kept)
   resumed.restore({"position": 27})  # after batches of another size: on with the next whole one

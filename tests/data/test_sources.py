@@ -70,6 +70,17 @@ def test_a_folder_s_digest_is_of_its_pictures(tmp_path):
     folder(again).image(1)
 
 
+def test_a_digest_is_the_same_in_memory(tmp_path):
+  one, two = write_folder(tmp_path / "one"), write_folder(tmp_path / "two", side=9)
+  assert InMemory(folder(one)).digest() == folder(one).digest()
+  assert InMemory(folder(two)).digest() == folder(two).digest() != folder(one).digest()
+  # What is found to be broken only when it is decoded is left out.
+  broken = tmp_path / "one" / "1.bmp"
+  broken.write_bytes(bytes(broken.stat().st_size))
+  kept = InMemory(folder(one))
+  assert len(kept) == 2 and kept.digest() != folder(one).digest()
+
+
 def test_scenes_digest_is_of_the_scenes():
   def digest(split="train", resolution=16, seed=0, **options):
     return open_source("scenes", split, resolution, seed, options).digest()
