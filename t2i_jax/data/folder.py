@@ -218,7 +218,7 @@ class Folder(Pictures):
       raise
 
   def digest(self) -> str:
-    """Of the files' names and sizes, and of whether each caption is a row."""
+    """Of the files' names and sizes, and of what a row shows of them."""
     files = [self.table.name(n) for n in range(len(self.table))]
 
     def size(file: str) -> int:
@@ -228,4 +228,5 @@ class Folder(Pictures):
         return -1
 
     with ThreadPoolExecutor(_THREADS) as pool:
-      return digest_of(*files, *pool.map(size, files), *["each"] * self._pairs)
+      return digest_of(*files, *pool.map(size, files), *["each"] * self._pairs,
+                       *self._changes_of_pictures())

@@ -70,6 +70,26 @@ def test_a_folder_s_digest_is_of_its_pictures(tmp_path):
     folder(again).image(1)
 
 
+def test_a_digest_is_of_what_the_options_show(tmp_path, monkeypatch):
+  monkeypatch.setenv("T2I_CACHE", str(tmp_path / "cache"))
+  photos = write_folder(tmp_path / "photos")
+  plain = folder(photos).digest()
+  # Which of the captions goes with a picture does not change it, unless that may mirror it.
+  assert plain == folder(photos, captions="joined").digest()
+  said = [{}, {"captions": "each"}, {"crop": "random"}, {"flips": True},
+          {"flips": True, "captions": "joined"}, {"buckets": ("8x8", "8x16")},
+          {"buckets": ("8x8", "8x24")}]  # fmt: skip
+  digests = [folder(photos, **options).digest() for options in said]
+  assert digests == [folder(photos, **options).digest() for options in said]
+  assert digests[0] == plain and len(set(digests)) == len(said)
+  # Only training pictures are cropped and mirrored by draws.
+  lines = (tmp_path / "photos" / "captions.jsonl").read_text().replace("train", "test")
+  (tmp_path / "photos" / "captions.jsonl").write_text(lines)
+  held_out = [open_source("folder", "test", 8, 0, {**photos, **options}).digest()
+              for options in ({}, {"crop": "random", "flips": True})]
+  assert held_out[0] == held_out[1] == plain
+
+
 def test_a_digest_is_the_same_in_memory(tmp_path):
   one, two = write_folder(tmp_path / "one"), write_folder(tmp_path / "two", side=9)
   assert InMemory(folder(one)).digest() == folder(one).digest()

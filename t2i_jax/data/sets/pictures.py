@@ -6,6 +6,7 @@ draw alone, and of different parts of it.
 
 import abc
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -228,8 +229,20 @@ class Pictures(FileSource):
     return extra
 
   def digest(self) -> str:
-    """Of the pictures' names and sizes, and of what part of them a row shows."""
-    return digest_of(self.table.digest_of_names(), self._pairs, self._box_scale)
+    """Of the pictures' names and sizes, and of what a row shows of them."""
+    return digest_of(self.table.digest_of_names(), self._pairs, self._box_scale,
+                     *self._changes_of_pictures())
+
+  def _changes_of_pictures(self) -> list[Any]:
+    """What says how draws and buckets change the pictures; nothing where they do not."""
+    said: list[Any] = ["random"] * self._random
+    if self.mirrors:  # where the caption allows it
+      said += ["mirrors", self._captions]
+      if self._synthetic:
+        said += ["synthetic", self._share, *self._synthetic.captions()]
+    if self.buckets is not None:
+      said += ["buckets", self.buckets.shapes, self.buckets.of.tobytes()]
+    return said
 
 
 def class_name(label: int) -> str:
