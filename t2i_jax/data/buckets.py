@@ -17,6 +17,8 @@ Shape = tuple[int, int]
 # Sides of buckets that are made from an area are at most this much from its root, either way: SDXL
 # has 512 to 2048 at 1024 x 1024.
 _LONGEST = 2
+# The step is compiled for each shape that has pictures: no more shapes than that from one number.
+_MOST = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +56,8 @@ def shapes_of(texts: Sequence[str], resolution: int) -> tuple[Shape, ...]:
     resolution: side of the square pictures.
 
   Raises:
-    UserError: something else, a shape twice, or a step with which there is no square.
+    UserError: something else, a shape twice, or a step with which there is no square, nothing but
+      the square, or too many shapes.
   """
   texts = tuple(map(str, texts))
   if len(texts) == 1 and re.fullmatch(r"[0-9]+", texts[0]):
@@ -77,16 +80,35 @@ def made_of(resolution: int, step: int) -> tuple[Shape, ...]:
   """Shapes of about `resolution` squared pixels, from tall to wide; see `shapes_of`.
 
   Raises:
-    UserError: the step does not divide the resolution.
+    UserError: the step does not divide the resolution, or gives one shape or more than 64.
   """
   if not step or resolution % step:
     raise UserError(f"option buckets={step}: sides are multiples of it, and model.resolution="
                     f"{resolution} is none; use a divisor of it")
+  shapes = _multiples(resolution, step)
+  if 1 < len(shapes) <= _MOST:
+    return shapes
+  divisors = [n for n in range(1, resolution) if resolution % n == 0]
+  fitting = [n for n in divisors if 1 < len(_multiples(resolution, n)) <= _MOST]
+  instead = "name the shapes, such as 192x320,256x256,320x192"
+  if len(shapes) == 1:
+    what, nearest = "the square alone", max(fitting, default=None)
+  else:
+    what, nearest = f"{len(shapes)} shapes, each of which is compiled", min(fitting, default=None)
+    what += f" (at most {_MOST})"
+  if nearest:
+    kind = "smaller" if nearest < step else "larger"
+    instead = f"use a {kind} step, such as {nearest}, or {instead}"
+  raise UserError(f"option buckets={step} gives {what} at model.resolution={resolution}; {instead}")
+
+
+def _multiples(resolution: int, step: int) -> tuple[Shape, ...]:
   area, longest = resolution**2, _LONGEST * resolution
   shapes = set()
   for side in range(step * -(-resolution // (_LONGEST * step)), longest + 1, step):
     other = min(area // side // step * step, longest)
-    shapes |= {(side, other), (other, side)}
+    if other:  # None is as narrow as that where the step is the resolution.
+      shapes |= {(side, other), (other, side)}
   return tuple(sorted(shapes, key=lambda shape: (-shape[0] / shape[1], shape)))
 
 

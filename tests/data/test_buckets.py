@@ -37,6 +37,19 @@ def test_wrong_buckets(texts, match):
     shapes_of(texts, 16)
 
 
+@pytest.mark.parametrize("resolution, step, match", [
+  (16, 16, "buckets=16 gives the square alone at model.resolution=16; use a smaller step, such as "
+   "8, or name"),
+  (1024, 8, r"gives 257 shapes, each of which is compiled \(at most 64\) .* a larger step, such as "
+   "64, or name"),
+  (13, 13, "the square alone at model.resolution=13; use a smaller step, such as 1, or name"),
+  (101, 1, r"gives 203 shapes, .*=101; name the shapes"),
+])  # fmt: skip
+def test_a_step_gives_neither_one_shape_nor_too_many(resolution, step, match):
+  with pytest.raises(UserError, match=match):
+    made_of(resolution, step)
+
+
 def test_pictures_go_where_their_ratio_is_nearest():
   rng = np.random.default_rng(0)
   heights, widths = rng.integers(50, 500, (2, 300))
