@@ -7,6 +7,7 @@ and a run resumes exactly on another number of hosts.
 """
 
 import dataclasses
+import logging
 import os
 from collections.abc import Callable, Iterator
 
@@ -24,6 +25,8 @@ Batch = dict[str, np.ndarray | dict]
 
 # Rows tried in place of one that cannot be decoded, before giving up.
 _SUBSTITUTES = 64
+# Shapes that a warning names one by one.
+_NAMED = 5
 # Elements of the virtual data set behind grain: more batches than any run takes.
 _ENDLESS = 2**40
 
@@ -158,9 +161,30 @@ class Loader:
     self._batch_size = batch_size
     self._rows = own_rows(batch_size, rows)
     self._order = order_of(seed, source, batch_size)
+    self._warn_of_copies()
     self._position = 0
     self._peeked: Batch | None = None
     self._fetched: Iterator | None = None
+
+  def _warn_of_copies(self) -> None:
+    """Says which shapes have too few pictures to fill one batch, so that it has some repeatedly."""
+    used = self.shapes()
+    counts = {shape: len(self._source.buckets.rows(self._source.buckets.shapes.index(shape)))
+              for shape, _ in used}
+    few = [(count, shape) for shape, count in counts.items() if count < self._batch_size]
+    if not few:
+      return
+    from t2i_jax.parallel.distributed import is_primary  # jax, which no worker process needs
+
+    if not is_primary():
+      return
+    named = [f"{height}x{width} has {count}" for count, (height, width) in sorted(few)[:_NAMED]]
+    logging.warning(
+      "%d of %d shapes have fewer pictures than a batch of %d, which is filled with copies of them:"
+      " %s%s; use fewer shapes (data.options.buckets)",
+      len(few), len(used), self._batch_size, ", ".join(named),
+      "..." if len(few) > _NAMED else "",
+    )  # fmt: skip
 
   def __iter__(self) -> "Loader":
     return self

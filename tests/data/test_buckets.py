@@ -209,6 +209,21 @@ def test_loaders_of_hosts_workers_and_memory_agree(tmp_path):
     loader.close()
 
 
+def test_shapes_that_do_not_fill_a_batch_are_counted_once(tmp_path, caplog, monkeypatch):
+  write_photos(tmp_path / "photos")  # of the shapes 3, 2 and 2
+  source = photos(tmp_path / "photos")
+  Loader(source, read_text, 2, seed=0)
+  assert not caplog.records
+  Loader(source, read_text, 3, seed=0)
+  (record,) = caplog.records
+  assert record.getMessage() == (
+    "2 of 3 shapes have fewer pictures than a batch of 3, which is filled with copies of them: "
+    "8x24 has 2, 16x16 has 2; use fewer shapes (data.options.buckets)")
+  monkeypatch.setattr("t2i_jax.parallel.distributed.is_primary", lambda: False)
+  Loader(source, read_text, 3, seed=0)
+  assert len(caplog.records) == 1
+
+
 def test_evaluation_gives_every_row_once_in_batches_of_one_shape(tmp_path):
   write_photos(tmp_path / "photos")
   (tmp_path / "photos" / "5.png").write_bytes((tmp_path / "photos" / "5.png").read_bytes()[:90])
