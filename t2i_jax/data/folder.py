@@ -24,7 +24,7 @@ from t2i_jax.data.buckets import Shape
 from t2i_jax.data.caption_files import SPLITS, read_captions
 from t2i_jax.data.held_out import held_out
 from t2i_jax.data.images import BadImage, reason_of
-from t2i_jax.data.measured import measure
+from t2i_jax.data.measured import THREADS, measure
 from t2i_jax.data.sets.pictures import Pictures
 from t2i_jax.data.sets.table import Table, columns
 from t2i_jax.errors import UserError, unknown
@@ -32,8 +32,6 @@ from t2i_jax.errors import UserError, unknown
 _NAMES = ("captions.jsonl", "captions.csv")
 # One picture in 20 is for testing where the user does not say which.
 TEST_SHARE = 20
-# File systems over a network answer slowly, but many questions at once.
-_THREADS = 16
 # Broken pictures named one by one on the console; the log file names all.
 _NAMED = 10
 
@@ -136,7 +134,7 @@ class Folder(Pictures):
     test = {file for file, (_, marked) in rows.items() if marked == "test"}
     if all(marked is None for _, marked in rows.values()):
       test = held_out(rows, TEST_SHARE)
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
       there = dict(zip(rows, pool.map(os.path.isfile, map(self._full, rows)), strict=True))
     missing = [file for file, found in there.items() if not found]
     if len(missing) == len(rows):
@@ -227,6 +225,6 @@ class Folder(Pictures):
       except OSError:
         return -1
 
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
       return digest_of(*files, *pool.map(size, files), *["each"] * self._pairs,
                        *self._changes_of_pictures())

@@ -6,10 +6,13 @@ beside the prepared data sets, and asked for again only of files that have chang
 
 import hashlib
 import json
+import logging
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 
@@ -17,7 +20,7 @@ from t2i_jax.data.images import BadImage, size_of
 from t2i_jax.data.sets.prepared import default_root
 
 # File systems over a network answer slowly, but many questions at once.
-_THREADS = 16
+THREADS = 16
 # (bytes, time of the last change in nanoseconds, height, width) of a file.
 Entry = tuple[int, int, int, int]
 
@@ -51,7 +54,7 @@ def measure(
 
   found: dict[str, Entry] = {}
   reasons: dict[str, str] = {}
-  with ThreadPoolExecutor(_THREADS) as pool:
+  with ThreadPoolExecutor(THREADS) as pool:
     for done, (file, entry) in enumerate(zip(files, pool.map(look, files), strict=True), start=1):
       if isinstance(entry, str):
         reasons[file] = entry
@@ -71,19 +74,28 @@ def _index_of(folder: str) -> Path:
 
 
 def _read(index: Path) -> dict[str, Entry]:
-  """What is remembered; nothing where it is damaged."""
+  """What is remembered, but for entries that are damaged; nothing where the file is."""
   try:
-    return {file: tuple(map(int, entry)) for file, entry in json.loads(index.read_text()).items()}
-  except (OSError, ValueError, TypeError, AttributeError):
+    entries = json.loads(index.read_text()).items()
+  except (OSError, ValueError, AttributeError):
     return {}
+  return {file: tuple(entry) for file, entry in entries if _fits(entry)}
+
+
+def _fits(entry: Any) -> bool:
+  return (isinstance(entry, list) and len(entry) == len(get_args(Entry))
+          and all(type(number) is int for number in entry) and min(entry[2:]) > 0)
 
 
 def _write(index: Path, entries: dict[str, Entry]) -> None:
   """Remembers; where that cannot be written, all is read again the next time."""
-  beside = index.with_name(f".{index.name}.{os.getpid()}")
   try:
     index.parent.mkdir(parents=True, exist_ok=True)
-    beside.write_text(json.dumps(entries))
-    beside.replace(index)
-  except OSError:
-    beside.unlink(missing_ok=True)
+    # A folder of its own: containers that share this one may have the same process ids, and a file
+    # in it gets the usual permissions, which a temporary file does not.
+    with tempfile.TemporaryDirectory(prefix=f".{index.name}.", dir=index.parent) as workplace:
+      beside = Path(workplace) / index.name
+      beside.write_text(json.dumps(entries))
+      beside.replace(index)
+  except OSError as error:
+    logging.info("sizes of pictures are not remembered: %s", error)

@@ -275,8 +275,16 @@ def test_sizes_are_read_once(tmp_path, cache, monkeypatch):
   monkeypatch.setattr(size_of, lambda file, real=decode: opened.append(file) or (9, 9))
   again = photos(path).buckets.of
   assert opened == [str(path / "0.png")] and again.tolist() == [1, *first[1:].tolist()]
-  index.write_text("{")
-  assert len(photos(path)) == 7 and len(opened) == 8
+  (whole,) = index.parent.iterdir()  # nothing temporary is left
+  entries = json.loads(whole.read_text())
+  entries |= {"1.png": entries["1.png"][:3], "2.png": [*entries["2.png"][:2], "a", 1], "3.png": 5}
+  index.write_text(json.dumps(entries))
+  assert len(photos(path)) == 7
+  assert opened[1:] == [str(path / f"{n}.png") for n in (1, 2, 3)]
+  for damaged in ("{", "[]"):
+    del opened[:]
+    index.write_text(damaged)
+    assert len(photos(path)) == len(opened) == 7
 
 
 def test_a_mixture_in_buckets(tmp_path):
