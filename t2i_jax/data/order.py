@@ -101,10 +101,6 @@ class BucketedOrder:
     """What part of all batches is of each bucket, [buckets]."""
     return self._batches_an_epoch / self._batches_an_epoch.sum()
 
-  def bucket_at(self, step: int) -> int:
-    """The bucket of global batch `step`."""
-    return self._place(step)[0]
-
   def __call__(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Rows (int64 [n]) and draws (uint64 [n]) at global positions (int64 [n]) of one batch."""
     positions = np.asarray(positions, np.int64)

@@ -92,7 +92,7 @@ def test_every_batch_is_of_one_bucket_and_every_row_comes_once_an_epoch():
   assert sorted(large[:37]) == list(range(37)) == sorted(large[37:74])
   assert list(large[:37]) != list(large[37:74])
   # Shuffled: the buckets of an epoch do not come one after the other.
-  plan = [order.bucket_at(s) for s in range(100)]
+  plan = [source.buckets.of[batch[0]] for batch in batches[:100]]
   assert sum(a != b for a, b in zip(plan, plan[1:], strict=False)) > 20
   np.testing.assert_allclose(order.shares, np.array([37, 3, 24, 0]) / 64)
 
