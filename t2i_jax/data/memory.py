@@ -112,12 +112,16 @@ class InMemory(Source):
     return digest_of(digest, self._kept.astype("<i8").tobytes())
 
   def captions(self) -> Iterator[str]:
-    if self._source.quick:
+    if not self._source.quick:
+      return itertools.chain.from_iterable(self._captions)
+    if len(self) == len(self._source):
       return self._source.captions()
-    return itertools.chain.from_iterable(self._captions)
+    return itertools.chain.from_iterable(self._source.captions_of(int(i)) for i in self._kept)
 
   def every_caption(self) -> Iterator[str]:
-    return self._source.every_caption() if self._source.quick else self.captions()
+    if self._source.quick and len(self) == len(self._source):
+      return self._source.every_caption()
+    return self.captions()
 
 
 def in_memory(

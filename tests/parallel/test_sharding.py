@@ -187,5 +187,6 @@ def test_sharded_step_equals_one_device(mesh):
   np.testing.assert_allclose(value, expected, rtol=1e-5)
   assert grads["up"]["kernel"].addressable_shards[0].data.shape == (64, 128)
   np.testing.assert_allclose(
-    grads["up"]["kernel"], expected_grads["up"]["kernel"], rtol=1e-4, atol=1e-4
+    grads["up"]["kernel"], expected_grads["up"]["kernel"], rtol=1e-4,
+    atol=2e-5 * np.abs(expected_grads["up"]["kernel"]).max(),  # sums in another order
   )
