@@ -68,6 +68,7 @@ def test_a_run_that_was_stopped_goes_on(run, base, tmp_path):
   assert_same_bits(again, state)
 
 
+@pytest.mark.full
 def test_several_devices_compute_the_same(run, base, tmp_path):
   config = lora_config(base, 4, sample__every=4, model__alpha=3.0, mesh__fsdp=2)
   train_on(config, tmp_path, devices=4)

@@ -104,7 +104,10 @@ def test_there_and_back_again_byte_for_byte(folder, converted, tmp_path):
     assert (tmp_path / "new" / name).read_bytes() == (converted / name).read_bytes()
 
 
-@pytest.mark.parametrize("path", [TOY, ROOT / "configs" / "ddpm.py"], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [
+  pytest.param(TOY, id="toy"),
+  pytest.param(ROOT / "configs" / "ddpm.py", id="ddpm", marks=pytest.mark.full),
+])
 def test_a_model_is_trained_on_it_and_drawn_from(converted, tmp_path, path):
   config = config_of(path, train__duration=2, sample__every=0, evaluate__every=0,
                      text__encoder="component", components__text_encoder=converted)

@@ -126,6 +126,7 @@ def test_merging_is_undone(layers):
   assert {x.dtype for x in jax.tree.leaves(lora.merge(kinds, adapters))} == {jnp.dtype("bfloat16")}
 
 
+@pytest.mark.full
 def test_a_network_that_is_computed_again_in_the_backward_pass(unet):
   network, args, params, adapters = unet
   used = set()
