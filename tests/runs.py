@@ -1,4 +1,4 @@
-"""Training runs for tests: small, on few compilations, and what they leave compared bit for bit."""
+"""Training runs for tests: small, on few compilations, what they leave, and how they refuse."""
 
 import json
 import os
@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from t2i_jax import config as configs
 from t2i_jax import main
@@ -17,6 +18,7 @@ from t2i_jax.training.checkpoint import Checkpoints
 
 ROOT = Path(__file__).parent.parent
 TOY = ROOT / "tests" / "toy.py"
+TOY_CONFIG = f"--config={TOY}:size=tiny"
 # Values of metrics.jsonl that depend on the clock.
 TIMES = ("time", "steps_per_second", "examples_per_second", "flops_per_second", "mfu")
 
@@ -119,3 +121,39 @@ def finish(process, status=0, minutes=10):
   _, errors = process.communicate(timeout=60 * minutes)
   assert process.returncode == status, errors[-3000:]
   return errors
+
+
+@pytest.fixture
+def fails(capfd):
+  """`fails(module, flag...)`: it exits with status 2 and one line on stderr, which is returned."""
+
+  def call(module, *flags):
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as exit:
+      module.main([str(flag) for flag in flags])
+    err = capfd.readouterr().err
+    assert exit.value.code == 2
+    *before, last = err.splitlines()
+    assert last.startswith("error: ") and len(last) < 600
+    # Warnings, and the progress of work.
+    assert not [line for line in before if not line.startswith(("warning: ", "  "))], err
+    return last.removeprefix("error: ")
+
+  return call
+
+
+def starts(fails, workdir, *flags, config=TOY_CONFIG):
+  """The error of a training that must not begin, nor make the work directory its own."""
+  message = fails(main, config, f"--workdir={workdir}", *flags)
+  assert not (workdir / "config.json").exists() and not (workdir / "tokenizer.json").exists()
+  return message
+
+
+def folder_of(path, rows, pictures=()):
+  """A new folder of grey pictures, and its captions.jsonl unless `rows` is None."""
+  path.mkdir()
+  for name in pictures:
+    Image.fromarray(np.full((20, 20, 3), 99, np.uint8)).save(path / name)
+  if rows is not None:
+    (path / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  return path

@@ -1,5 +1,6 @@
 """The command that measures: metrics by name, resuming, sweeps, the page, errors in one line."""
 
+import functools
 import html
 import json
 import os
@@ -74,18 +75,9 @@ def dark():
 
 
 @pytest.fixture
-def fails(capfd):
-  def call(*flags):
-    capfd.readouterr()
-    with pytest.raises(SystemExit) as exit:
-      evaluate.main([str(flag) for flag in flags])
-    err = capfd.readouterr().err
-    assert exit.value.code == 2
-    last = err.splitlines()[-1]
-    assert last.startswith("error: ") and len(last) < 700, last
-    return last.removeprefix("error: ")
-
-  return call
+def fails(fails):
+  """`fails(flag...)`, of `evaluate`."""
+  return functools.partial(fails, evaluate)
 
 
 def run(toy, *flags, pictures=20, batch=8):
@@ -281,6 +273,18 @@ def test_a_reference_is_measured_once_and_of_one_resolution(toy, network, tmp_pa
   assert "needs every reference picture's features" in message
   message = fails(*flags, "--metric=fd_feature_net", "--reference=heldout")
   assert "unknown split 'heldout'; did you mean" in message
+
+
+def test_a_damaged_reference_is_measured_again(toy, network, tmp_path):
+  flags = "--metric=fd_feature_net", f"--output={tmp_path / 'a'}"
+  run(toy, network, *flags)
+  (whole,) = results(tmp_path / "a")
+  (kept,) = (tmp_path / "a" / "references").glob("*.npz")
+  kept.write_bytes(kept.read_bytes()[:100])
+  run(toy, network, *flags)
+  (again,) = results(tmp_path / "a")
+  assert again["results"] == whole["results"]
+  assert Reference.load(kept).n == 20
 
 
 @pytest.mark.parametrize("flags, message", [

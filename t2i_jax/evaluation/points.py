@@ -188,7 +188,7 @@ def check_points(points: Sequence[Point], mesh: Mesh, say: Callable[[str], None]
       except UserError as error:
         verdicts[key] = error
     if verdicts[key] is not None and len(points) > 1:
-      say(f"{point.label} left out: {verdicts[key]}")
+      say(f"warning: {point.label} left out: {verdicts[key]}")
   drawn = [point for point in points if verdicts[static_options(point)] is None]
   if not drawn:
     raise next(error for error in verdicts.values() if error is not None)

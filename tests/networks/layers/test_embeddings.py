@@ -19,6 +19,19 @@ def test_timestep_embedding_is_cosines_then_sines():
   np.testing.assert_allclose(timestep_embedding(jnp.asarray(t), 8), expected, atol=2e-4)
 
 
+@pytest.mark.parametrize("sine_first", [False, True])
+def test_times_are_embedded_with_the_frequencies_of_published_networks(sine_first):
+  """To the last place: exponents of float32, as PyTorch computes them, and no other rounding."""
+  half = 128
+  last = np.float32(half - sine_first)
+  exponents = np.float32(-np.log(10000)) * np.arange(half, dtype=np.float32) / last
+  angles = np.float32(801) * np.exp(exponents.astype(np.float64)).astype(np.float32)
+  waves = [np.cos(angles), np.sin(angles)]
+  expected = np.concatenate(waves[::-1] if sine_first else waves)
+  found = timestep_embedding(jnp.array([801.0]), 2 * half, sine_first=sine_first)[0]
+  np.testing.assert_allclose(found, expected, atol=2e-6)
+
+
 def test_timestep_embedding_of_odd_width_is_padded():
   embedding = timestep_embedding(jnp.array([5]), 7)
   assert embedding.shape == (1, 7) and embedding[0, -1] == 0
