@@ -1,12 +1,12 @@
 """Prompts from files: one a line, or rows with a column of prompts and others about them."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from t2i_jax.data.caption_files import json_rows
 from t2i_jax.errors import UserError
 
 COLUMNS = ("prompt", "caption", "text")  # one of these holds the prompt, in any case
@@ -77,16 +77,7 @@ def _read_tsv(path, lines: list[str]) -> list[Prompt]:
 
 def _read_jsonl(path, lines: list[str]) -> list[Prompt]:
   prompts = []
-  for number, line in enumerate(lines, start=1):
-    if not line.strip():
-      continue
-    try:
-      row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-      raise UserError(f"--prompts={path}, line {number}: no JSON ({error})") from error
-    if not isinstance(row, dict):
-      raise UserError(f"--prompts={path}, line {number}: no JSON object, such as "
-                      '{"prompt": "a photo of a bench"}')
+  for number, row in json_rows(f"--prompts={path}", lines, '{"prompt": "a photo of a bench"}'):
     text = row[_column(path, number, row)]
     if not isinstance(text, str) or not text.strip():
       raise UserError(f"--prompts={path}, line {number}: its prompt is no text")

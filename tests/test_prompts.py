@@ -44,10 +44,10 @@ def test_tables_and_rows(tmp_path):
   ("a.txt", b"\xff\xfe", "is not UTF-8 text"),
   ("a.tsv", "Title\tCategory\nx\ty\n", "line 1: no column prompt, caption or text; it has Title"),
   ("a.tsv", "Prompt\tPrompt\nx\ty\n", "line 1: two columns have one name"),
-  ("a.jsonl", "[" * 100_000, "line 1: no JSON ("),
+  ("a.jsonl", "[" * 100_000, "line 1: not JSON ("),
   ("a.tsv", PARTI + "one cell\n", "line 4: 1 cells for the 4 columns Prompt"),
-  ("a.jsonl", "{", "line 1: no JSON ("),
-  ("a.jsonl", "[1]", "line 1: no JSON object, such as"),
+  ("a.jsonl", "{", "line 1: not JSON ("),
+  ("a.jsonl", "[1]", "line 1: not an object {"),
   ("a.jsonl", '{"prompt": 3}', "line 1: its prompt is no text"),
   ("a.jsonl", '{"prompt": "a"}\n{"title": "b"}', "line 2: no column prompt, caption or text"),
 ])

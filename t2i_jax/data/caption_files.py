@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from typing import Any
 
@@ -20,7 +20,19 @@ def _check_columns(columns: list[str], where: str) -> None:
         raise UserError(f"{where}: unknown column '{column}'{nearest(column.lower(), _COLUMNS)}")
 
 
-def _read_jsonl(path: str, lines: Iterator[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+def json_rows(
+  path: str, lines: Iterable[str], example: str
+) -> Iterator[tuple[int, dict[str, Any]]]:
+  """The objects of a .jsonl file with the numbers of their lines; empty lines are skipped.
+
+  Args:
+    path: of the file, as messages shall name it.
+    lines: of the file.
+    example: of an object.
+
+  Raises:
+    UserError: a line is no JSON object.
+  """
   for number, line in enumerate(lines, start=1):
     if not line.strip():
       continue
@@ -29,8 +41,12 @@ def _read_jsonl(path: str, lines: Iterator[str]) -> Iterator[tuple[int, dict[str
     except (ValueError, RecursionError) as error:
       raise UserError(f"{path}, line {number}: not JSON ({error})") from None
     if not isinstance(row, dict):
-      raise UserError(f'{path}, line {number}: not an object {{"file": ..., "caption": ...}}')
+      raise UserError(f"{path}, line {number}: not an object {example}")
     yield number, row
+
+
+def _read_jsonl(path: str, lines: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+  return json_rows(path, lines, '{"file": ..., "caption": ...}')
 
 
 def _read_csv(path: str, lines: Iterator[str]) -> Iterator[tuple[int, dict[str, Any]]]:
