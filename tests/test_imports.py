@@ -18,7 +18,7 @@ MODULES = {
 
 # Where a layer stands; a module may import its own layer and lower ones.
 LAYERS = (
-  ("errors", "config"),
+  ("errors", "config", "files"),
   ("parallel",),
   ("networks.layers",),
   ("networks",),

@@ -23,18 +23,11 @@ from etils import epath
 from t2i_jax import assembly
 from t2i_jax import config as configs
 from t2i_jax.errors import UserError
+from t2i_jax.files import write_whole
 from t2i_jax.parallel.distributed import barrier, broadcast_bytes, is_primary
 
 ABOUT, FORMAT = "evaluation.json", 1
 DRAWN = "drawn"
-
-
-def write_bytes(path: epath.Path, content: bytes) -> None:
-  """Writes a file beside and renames it; creates its folder."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  beside = path.with_name(f".{path.name}.writing")
-  beside.write_bytes(content)
-  beside.replace(path)
 
 
 def slug(text: str) -> str:
@@ -64,7 +57,7 @@ def opened(path: str, identity: Mapping[str, Any]) -> Iterator[epath.Path]:
     barrier("checked")  # before the primary writes what the others look for
     if is_primary():
       content = json.dumps({"format": FORMAT, **identity}, indent=2, sort_keys=True) + "\n"
-      write_bytes(folder / ABOUT, content.encode())
+      write_whole(folder / ABOUT, content.encode())
     yield folder
 
 
@@ -139,7 +132,7 @@ class Shards:
     """Writes a shard; on the primary process only."""
     content = io.BytesIO()
     np.savez_compressed(content, **arrays)
-    write_bytes(self.path(kind, shard), content.getvalue())
+    write_whole(self.path(kind, shard), content.getvalue())
 
   def read(self, kind: str, shard: int) -> dict[str, np.ndarray]:
     with np.load(io.BytesIO(self.path(kind, shard).read_bytes()), allow_pickle=False) as arrays:

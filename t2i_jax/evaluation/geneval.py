@@ -9,8 +9,9 @@ import json
 from etils import epath
 
 from t2i_jax.errors import UserError
-from t2i_jax.evaluation.folder import Shards, write_bytes
+from t2i_jax.evaluation.folder import Shards
 from t2i_jax.evaluation.prompt_sets import PromptSet
+from t2i_jax.files import write_whole
 from t2i_jax.training.grids import save_picture
 
 
@@ -52,6 +53,6 @@ def write(path: epath.Path, prompts: PromptSet, shards: Shards) -> None:
       folder = path / f"{prompt:05d}"
       if sample == 0:
         row = json.dumps(dict(prompts.prompts[prompt].about))
-        write_bytes(folder / "metadata.jsonl", row.encode())
+        write_whole(folder / "metadata.jsonl", row.encode())
       save_picture(folder / "samples" / f"{sample:04d}.png", image)
       index += 1

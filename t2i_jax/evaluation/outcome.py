@@ -13,10 +13,11 @@ import t2i_jax
 from t2i_jax import assembly
 from t2i_jax.evaluation import plots, report, tables, verifier
 from t2i_jax.evaluation.drawing import PICTURES, seconds_a_picture, spread
-from t2i_jax.evaluation.folder import Shards, slug, write_bytes
+from t2i_jax.evaluation.folder import Shards, slug
 from t2i_jax.evaluation.points import Point
 from t2i_jax.evaluation.prompt_sets import PromptSet
 from t2i_jax.evaluation.tables import Row
+from t2i_jax.files import write_whole
 from t2i_jax.training.grids import prompt_grid, save_picture
 
 GRID = 64  # pictures of a grid
@@ -74,7 +75,7 @@ def show(rows: Sequence[Row], sets: Sequence[PromptSet], path: epath.Path, kept:
     return
   command = " ".join(["python -m t2i_jax.evaluate", *map(shlex.quote, sys.argv[1:])])
   content = {"version": t2i_jax.__version__, "command": command, "results": list(rows)}
-  write_bytes(path / "scores.json", (json.dumps(content, indent=2) + "\n").encode())
+  write_whole(path / "scores.json", (json.dumps(content, indent=2) + "\n").encode())
   several = len(rows) > len(sets)
   if several and not plots.available():
     print('warning: no plots, as matplotlib is missing: pip install -e ".[plots]"', file=sys.stderr)
@@ -84,10 +85,10 @@ def show(rows: Sequence[Row], sets: Sequence[PromptSet], path: epath.Path, kept:
     if several and plots.available():
       drawn = plots.draw_plots(own)
       for name, svg in drawn.items():
-        write_bytes(path / "plots" / f"{slug(prompts.name)}_{name}.svg", svg)
+        write_whole(path / "plots" / f"{slug(prompts.name)}_{name}.svg", svg)
     sections.append(_section(prompts, own, drawn, path))
   page = report.page(f"Evaluation of {', '.join(_names(rows))}", command, sections)
-  write_bytes(path / "report.html", page.encode())
+  write_whole(path / "report.html", page.encode())
   print(f"scores.json and report.html in {path}")
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from etils import epath
 
 from t2i_jax.errors import UserError
+from t2i_jax.files import write_whole
 from t2i_jax.metrics.frechet import Moments
 from t2i_jax.metrics.network import Features
 
@@ -157,18 +158,9 @@ def write_arrays(
   path: str | os.PathLike, meta: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
 ) -> None:
   """An npz file of arrays and of settings, written beside `path` and then put there."""
-  path = epath.Path(path).expanduser()
-  beside = path.with_name(f".{path.name}.writing")
   content = io.BytesIO()  # stores have no files that one can seek in
   np.savez(content, meta=np.frombuffer(json.dumps(meta).encode(), np.uint8), **arrays)
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside.write_bytes(content.getbuffer())
-    beside.replace(path)
-  except OSError as error:
-    beside.unlink(missing_ok=True)
-    raise UserError(f"cannot write {path}: {error.strerror or error}; free space there or choose "
-                    "another place") from error
+  write_whole(path, content.getvalue())
 
 
 def read_arrays(

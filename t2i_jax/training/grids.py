@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 from PIL import Image, ImageDraw, ImageFont
 
-from t2i_jax.errors import UserError
+from t2i_jax.files import write_whole
 
 _CELL = 128  # pixels that a picture has at least, by default
 _MARGIN = 4
@@ -67,19 +67,11 @@ def save_picture(path: str | epath.PathLike, image: Image.Image | np.ndarray) ->
   Raises:
     UserError: it cannot be written.
   """
-  path = epath.Path(path)
   if isinstance(image, np.ndarray):
     image = Image.fromarray(image)
   data = io.BytesIO()
   image.save(data, format="PNG")
-  beside = path.with_name(path.name + ".tmp")
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside.write_bytes(data.getvalue())
-    beside.replace(path)
-  except OSError as error:
-    raise UserError(f"cannot write {path} ({error.strerror or error}): free disk space or make"
-                    " its folder writable") from error
+  write_whole(path, data.getvalue())
 
 
 def _to_uint8(images: np.ndarray) -> np.ndarray:
