@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -328,6 +329,12 @@ def test_a_foreign_folder_and_an_export_that_cannot_draw(toy, network, fails, tm
   message = fails(f"--export={toy}", network, f"--split={SPLIT}", "--pictures=3",
                   "--metric=precision_recall_feature_net")
   assert "pictures" in message and "needs" in message
+
+
+def test_pictures_are_as_large_as_the_options_say():
+  system = SimpleNamespace(resolution=16, batch_spec=dict)
+  assert scoring.size_of({"height": 32, "width": 0}, system) == (32, 16)
+  assert scoring.size_of({"temperature": 1.0}, system) == (16, 16)
 
 
 def test_categories_are_averaged():
