@@ -140,7 +140,7 @@ def test_label_smoothing_is_one_sided(variables):
   smoothed = jax.jit(smooth.discriminator_loss)(variables, batch, KEY, STEP)[1].metrics
   assert abs(plain["real"] - smoothed["real"]) > 1e-3
   for name in ("fake", "mismatch"):
-    np.testing.assert_allclose(plain[name], smoothed[name], rtol=1e-6)
+    np.testing.assert_allclose(plain[name], smoothed[name], rtol=1e-5)
 
 
 def test_lazy_penalty_comes_at_its_steps_and_is_of_each_picture(variables):
