@@ -14,7 +14,11 @@ It is trained without captions; only the CLIP that it starts from has read any. 
   python -m t2i_jax.main --config=configs/semantic_guidance.py:size=256,dataset=folder \\
     --config.data.options.path=PICTURES --config.components.clip=clip-b --workdir=runs/semantic
 
-Expected: not known, no size was trained to its end here.
+Expected of "small" on "scenes", seed 0, from `configs/clip.py`'s: of noised pictures of held-out
+combinations the nearest of 64 clean ones is the own for 63 %, after 21 minutes on one CPU core that
+others used too; at a scale of 10 it guides `configs/adm.py:labels=no` to 14 % of 64 held-out
+captions right in everything (colour 80 %, place 94 %, shape 28 %), 0 % without it. The size "256"
+was not trained here.
 
 Arguments:
   size: "small" (32 px, for two CPU cores, the default); "256", for the published denoisers of 256
