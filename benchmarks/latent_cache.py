@@ -25,7 +25,7 @@ from t2i_jax import config as configs
 from t2i_jax.data.latent_cache import LatentCache, LatentSource, Writer, about
 from t2i_jax.data.loader import Loader
 from t2i_jax.data.shards import DTYPES
-from t2i_jax.systems.base import normalize_images
+from t2i_jax.systems.pictures import normalize_images
 from t2i_jax.text.tokenizer import train_tokenizer
 
 RESOLUTION, SHAPE = 256, (32, 32, 8)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from t2i_jax import command, systems
+from t2i_jax import command
 from t2i_jax import config as configs
 from t2i_jax.errors import UserError
 
@@ -65,6 +65,7 @@ def load(flags) -> Path:
   """Writes an export of the system lora; the flags are the command's."""
   from t2i_jax import assembly, export, recipe
   from t2i_jax.networks.layers import lora
+  from t2i_jax.systems import trees
   from t2i_jax.systems.adapters.lora import ADAPTERS, ALPHAS, BASE
   from t2i_jax.weights import lora as files
 
@@ -83,15 +84,15 @@ def load(flags) -> Path:
   found = files.load(flags.source, lora.kernels(params), parts_of(components.systems[BASE]))
   config.model.update(_options_of(found, assembly.build_system(config, components.systems), params))
   own = {
-    "params": {ADAPTERS: export.unflatten({
+    "params": {ADAPTERS: trees.unflatten({
       f"{path}/{name}": getattr(adapter, name)
       for path, adapter in found.items() for name in ("down", "up")
     })},
-    ALPHAS: {ADAPTERS: export.unflatten({
+    ALPHAS: {ADAPTERS: trees.unflatten({
       f"{path}/alpha": np.float32(adapter.alpha) for path, adapter in found.items()
     })},
   }  # fmt: skip
-  variables = systems.base.merge(components.variables, own)
+  variables = trees.merge(components.variables, own)
   return export.write(
     flags.output, config, 0, variables, components.tokenizers[BASE], components.about, ema=False,
     notes=f"Its {len(found)} adapters are those of `{Path(flags.source).name}`.",
@@ -138,8 +139,9 @@ def save(flags) -> Path:
   """Writes a file of adapters; the flags are the command's."""
   import jax.numpy as jnp
 
-  from t2i_jax import assembly, export
+  from t2i_jax import assembly
   from t2i_jax.networks.layers import lora
+  from t2i_jax.systems import trees
   from t2i_jax.systems.adapters.lora import ADAPTERS, ALPHAS, BASE
   from t2i_jax.weights import lora as files
   from t2i_jax.weights.safetensors_file import write_safetensors
@@ -152,12 +154,12 @@ def save(flags) -> Path:
   exported = _read(flags.export)
   system = assembly.build_with(exported.config, exported.components)
   shapes = lora.kernels(exported.variables["params"][BASE])
-  flat = export.flatten(exported.variables["params"][ADAPTERS])
+  flat = trees.flatten(exported.variables["params"][ADAPTERS])
   adapters = {
     name.removesuffix("/alpha"): files.Adapter(
       *(flat[name.replace("/alpha", f"/{which}")] for which in ("down", "up")), float(alpha)
     )
-    for name, alpha in export.flatten(exported.variables[ALPHAS][ADAPTERS]).items()
+    for name, alpha in trees.flatten(exported.variables[ALPHAS][ADAPTERS]).items()
   }
   tensors, header = files.save(adapters, shapes, parts_of(system.adaptee), jnp.dtype(dtype))
   path.parent.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,7 @@ from t2i_jax import config as configs
 from t2i_jax.data.base import Source
 from t2i_jax.errors import UserError, unknown
 from t2i_jax.parallel.distributed import agree_any, barrier, broadcast_bytes, is_primary
+from t2i_jax.systems import trees
 from t2i_jax.systems.base import Field, System
 from t2i_jax.systems.conditioning import GROUP, encoder_names
 from t2i_jax.text.tokenizer import Tokenizers, train_tokenizer
@@ -121,7 +122,7 @@ def load_components(config: ConfigDict, workdir: epath.Path | None = None) -> Co
       if run != workdir:
         _check_same_components(config, about, run)
       return Components(
-        _described(about), export.unflatten(flat), about, checkpoints.directory
+        _described(about), trees.unflatten(flat), about, checkpoints.directory
       )
   dtype = configs.choose(
     "precision.frozen", config.precision.frozen,
@@ -315,9 +316,7 @@ def naming_differences(config: ConfigDict, theirs: ConfigDict) -> Iterator[None]
 
 def abstract_batch(system: System, rows: int) -> dict[str, Any]:
   """A batch of what the system reads, as shapes."""
-  from t2i_jax.export import unflatten
-
-  return unflatten({
+  return trees.unflatten({
     name: jax.ShapeDtypeStruct((rows, *field.shape), field.dtype)
     for name, field in system.batch_spec().items()
   })
@@ -333,10 +332,9 @@ def check_batch_spec(system: System, batch: Mapping[str, Any], where: str,
     where: the data set's name, for the message.
     shapes: (height, width) of the pictures of batches, where they have several.
   """
-  from t2i_jax.export import flatten
-
   given = {
-    name: Field(tuple(leaf.shape[1:]), str(leaf.dtype)) for name, leaf in flatten(batch).items()
+    name: Field(tuple(leaf.shape[1:]), str(leaf.dtype))
+    for name, leaf in trees.flatten(batch).items()
   }
   spec = system.batch_spec()
   if shapes:

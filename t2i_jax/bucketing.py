@@ -8,6 +8,7 @@ import jax
 from t2i_jax.data.buckets import Shape
 from t2i_jax.errors import UserError
 from t2i_jax.systems import base
+from t2i_jax.systems.capabilities import ManyShapes
 
 # Whose networks take any shape that divides; a lora takes those of its base.
 SYSTEMS = ("ddpm", "adm", "ldm", "stable_diffusion", "sdxl", "dit", "sd3", "lora")
@@ -16,7 +17,7 @@ SYSTEMS = ("ddpm", "adm", "ldm", "stable_diffusion", "sdxl", "dit", "sd3", "lora
 def check(system: base.System, shapes: Sequence[Shape]) -> None:
   """Raises UserError unless a system trains on pictures of all of these shapes, (height, width)."""
   can = f"systems whose networks take several shapes: {', '.join(SYSTEMS)}"
-  if not isinstance(system, base.ManyShapes):
+  if not isinstance(system, ManyShapes):
     raise UserError(f"data.options.buckets: {type(system).__name__} trains on squares alone; leave "
                     f"it out ({can})")
   for shape in shapes:

@@ -11,6 +11,7 @@ from t2i_jax.data.latent_cache import LatentCache, LatentSource
 from t2i_jax.data.text_cache import TextCache
 from t2i_jax.errors import UserError, unknown
 from t2i_jax.systems import base
+from t2i_jax.systems.capabilities import FirstStage, require
 from t2i_jax.systems.conditioning import encoder_names
 from t2i_jax.text.tokenizer import Tokenizers
 
@@ -111,7 +112,7 @@ def open_latents(config: ConfigDict, components: assembly.Components) -> Latents
   if FIRST_STAGE not in components.about:
     raise UserError(f"data.latents={config.data.latents} is trained on, and pictures are drawn "
                     f"with its first stage: set components.{FIRST_STAGE}=PATH of its export")
-  base.require(components.systems[FIRST_STAGE], base.FirstStage, f"components.{FIRST_STAGE}")
+  require(components.systems[FIRST_STAGE], FirstStage, f"components.{FIRST_STAGE}")
   latents = Latents(config, components.about[FIRST_STAGE]["fingerprint"])
   components.resting = (*components.resting, FIRST_STAGE)
   return latents

@@ -17,7 +17,6 @@ import tempfile
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
@@ -26,6 +25,7 @@ import t2i_jax
 from t2i_jax import config as configs
 from t2i_jax import systems
 from t2i_jax.errors import UserError
+from t2i_jax.systems import trees
 from t2i_jax.text.tokenizer import Tokenizers
 from t2i_jax.weights.stored import Stored
 
@@ -95,7 +95,7 @@ def write(
   try:
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
-    flat = flatten(variables)
+    flat = trees.flatten(variables)
     write_safetensors(beside / VARIABLES, {name: _stored(leaf) for name, leaf in flat.items()})
     (beside / TOKENIZER).write_text(tokenizers.to_json(), encoding="utf-8")
     (beside / CARD).write_text(model_card(config, step, flat, ema, notes), encoding="utf-8")
@@ -212,14 +212,16 @@ def read(path: str | os.PathLike, stored: bool = False) -> Export:
 
     flat = open_weights(path / VARIABLES)
     return Export(
-      path, config, step, unflatten(flat), Tokenizers.load(path / TOKENIZER), components
+      path, config, step, trees.unflatten(flat), Tokenizers.load(path / TOKENIZER), components
     )
   try:
     local = "://" not in os.fspath(path)
     flat = load_file(path / VARIABLES) if local else load((path / VARIABLES).read_bytes())
   except (SafetensorError, ValueError) as error:
     raise UserError(f"{path / VARIABLES} cannot be read: {error}; copy it again") from error
-  return Export(path, config, step, unflatten(flat), Tokenizers.load(path / TOKENIZER), components)
+  return Export(
+    path, config, step, trees.unflatten(flat), Tokenizers.load(path / TOKENIZER), components
+  )
 
 
 def fingerprint(path: str | os.PathLike) -> str:
@@ -239,26 +241,6 @@ def add_to_card(path: str | os.PathLike, notes: str) -> None:
   """Adds Markdown, such as scores, to an export's model card."""
   card = located(path) / CARD
   card.write_text(f"{card.read_text().rstrip()}\n\n{notes}\n")
-
-
-def flatten(variables: Mapping[str, Any]) -> dict[str, Any]:
-  """`{"params/denoiser/conv_in/kernel": array}` of nested variables."""
-  return {
-    jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-    for path, leaf in jax.tree_util.tree_leaves_with_path(variables)
-  }
-
-
-def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-  """The inverse of `flatten`."""
-  nested: dict[str, Any] = {}
-  for key, value in flat.items():
-    *parents, last = key.split("/")
-    place = nested
-    for parent in parents:
-      place = place.setdefault(parent, {})
-    place[last] = value
-  return nested
 
 
 def model_card(

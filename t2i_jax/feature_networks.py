@@ -27,7 +27,8 @@ from t2i_jax.metrics.registry import (
   PERCEPTUAL,
   TOWERS,
 )  # fmt: skip
-from t2i_jax.systems import base
+from t2i_jax.systems import trees
+from t2i_jax.systems.pictures import normalize_images
 from t2i_jax.systems.text.clip import TOWERS as TOWERS_GROUP
 from t2i_jax.text import clip
 from t2i_jax.text.public_tokenizer import read_tokenizer
@@ -136,7 +137,7 @@ def towers_network(path: str | os.PathLike, on_device: bool = False) -> Network:
   if (path / export.VARIABLES).is_file():
     exported = _exported(path, "clip")
     module = assembly.build_with(exported.config, exported.components).network
-    variables = base.group(exported.variables, TOWERS_GROUP)
+    variables = trees.group(exported.variables, TOWERS_GROUP)
     (tokenizer,) = exported.tokenizers.of.values()
   else:
     module, variables, tokenizer = _public_towers(path)
@@ -144,7 +145,7 @@ def towers_network(path: str | os.PathLike, on_device: bool = False) -> Network:
   side = vision.resolution
 
   def outputs(variables, images):
-    x = clip.prepared(base.normalize_images(images), side)
+    x = clip.prepared(normalize_images(images), side)
     return {"features": module.apply(variables, x, method="embed_images")}
 
   def texts(variables, ids):
@@ -213,7 +214,7 @@ def feature_net_network(path: str | os.PathLike) -> Network:
   trained_on = exported.config.data.name
 
   def outputs(variables, images):
-    return {"features": system.features(variables, base.normalize_images(images))}
+    return {"features": system.features(variables, normalize_images(images))}
 
   return Network(
     FEATURE_NET, f"feature_net-{trained_on}", "[-1, 1], not resized", exported.variables, outputs,
@@ -225,7 +226,7 @@ def feature_net_network(path: str | os.PathLike) -> Network:
 
 def _distances(system: Any) -> Callable:
   def distances(variables, a, b):
-    return system.distance(variables, base.normalize_images(a), base.normalize_images(b))
+    return system.distance(variables, normalize_images(a), normalize_images(b))
 
   return distances
 

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from t2i_jax import data, export
 from t2i_jax.errors import UserError
-from t2i_jax.systems import base
+from t2i_jax.systems import trees
 from t2i_jax.systems.base import GUIDE, System
 from t2i_jax.text.tokenizer import Tokenizers
 
@@ -24,9 +24,9 @@ def guided(exported: export.Export, path: str | Path) -> export.Export:
   about = {"config": guide.config.to_dict(), "components": guide.components, "step": guide.step,
            "fingerprint": export.fingerprint(path)}
   theirs = {kind: {GUIDE: groups} for kind, groups in guide.variables.items()}
-  _, ours = base.split(exported.variables, (GUIDE,))
+  _, ours = trees.split(exported.variables, (GUIDE,))
   return dataclasses.replace(
-    exported, variables=base.merge(ours, theirs),
+    exported, variables=trees.merge(ours, theirs),
     components={**exported.components, GUIDE: about},
     tokenizers=with_tokenizer(exported.tokenizers, {GUIDE: guide.tokenizers}),
   )

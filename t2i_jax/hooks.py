@@ -17,8 +17,9 @@ from t2i_jax.parallel.distributed import is_primary
 from t2i_jax.parallel.mesh import batch_sharding, batch_shards, host_rows, replicated
 from t2i_jax.parallel.sharding import put
 from t2i_jax.pipeline import Pipeline
-from t2i_jax.systems import base
 from t2i_jax.systems.base import System
+from t2i_jax.systems.capabilities import Evaluated, FirstStage, require
+from t2i_jax.systems.pictures import normalize_images
 from t2i_jax.training.grids import prompt_grid, save_picture
 from t2i_jax.training.state import State
 from t2i_jax.training.writers import Writers
@@ -52,13 +53,13 @@ class DrawReconstructions:
 
   def __init__(self, system: System, source: Source, mesh: Mesh, count: int, every: int,
                workdir: epath.Path, writers: Writers):
-    base.require(system, base.FirstStage, "drawing reconstructions")
+    require(system, FirstStage, "drawing reconstructions")
     self.every = every
     self._source, self._mesh, self._count = source, mesh, count
     self._workdir, self._writers = workdir, writers
 
     def reconstruct(variables, images):
-      moments = system.encode(variables, base.normalize_images(images))
+      moments = system.encode(variables, normalize_images(images))
       return system.decode(variables, jnp.split(moments, 2, axis=-1)[0])
 
     self._reconstruct = jax.jit(
@@ -95,7 +96,7 @@ class HeldOutLoss:
 
   def __init__(self, system: System, source: Source, read_text: Callable, mesh: Mesh,
                batch_size: int, batches: int, every: int, name: str, writers: Writers | None):
-    base.require(system, base.Evaluated, "the held-out loss")
+    require(system, Evaluated, "the held-out loss")
     self.every = every
     self._source, self._read_text, self._mesh = source, read_text, mesh
     self._batch_size, self._batches, self._name = batch_size, batches, name

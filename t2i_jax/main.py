@@ -24,7 +24,8 @@ from t2i_jax.parallel.mesh import batch_sharding, batch_shards, check_batch, hos
 from t2i_jax.parallel.sharding import put
 from t2i_jax.pipeline import Pipeline
 from t2i_jax.restore import Run, held_variables, on_host
-from t2i_jax.systems import base
+from t2i_jax.systems import trees
+from t2i_jax.systems.capabilities import FirstStage, Sampler, require
 from t2i_jax.training import loop
 from t2i_jax.training.compiled import CompiledStep
 from t2i_jax.training.preemption import StopSignal, exit_stopped
@@ -166,7 +167,7 @@ def _train(
         run.plan.shardings,
       )
       pipeline = None
-      if isinstance(system, base.Sampler):
+      if isinstance(system, Sampler):
         pipeline = Pipeline(system, tokenizers, mesh, config=config, resting=run.resting)
       hooks, scores = _hooks(
         config, system, source, latents, read_text, pipeline, mesh, workdir, writers, run, steps_of,
@@ -197,7 +198,7 @@ def _train(
       _say(f"trained to step {step}/{total} in {time.monotonic() - training_started:.1f} s")
       if step >= total:
         variables = held_variables(system, state, ema=True)
-        _export(config, workdir, base.merge(variables, run.resting), step, tokenizers, components)
+        _export(config, workdir, trees.merge(variables, run.resting), step, tokenizers, components)
         if scores is not None:
           _score(workdir, scores, step, variables)
       return state, step >= total
@@ -282,7 +283,7 @@ def _hooks(
       ))
   every = steps_of(config.sample.every, "sample.every")
   if pipeline is None:
-    if every and isinstance(system, base.FirstStage):
+    if every and isinstance(system, FirstStage):
       hooks.append(DrawReconstructions(
         system, _held_out(config, source, system, decoded=True), mesh, config.sample.count, every,
         workdir, writers,
@@ -371,11 +372,11 @@ def _export(config, workdir, variables, step, tokenizers, components) -> None:
 def _is_scored(config, system) -> bool:
   """Whether pictures are measured: the config asks for it, and something can be."""
   if config.evaluate.metrics:
-    base.require(system, base.Sampler, "evaluate.metrics")
+    require(system, Sampler, "evaluate.metrics")
     if not config.evaluate.pictures:
       raise UserError("evaluate.metrics are of evaluate.pictures pictures, and that is 0; set it")
     return True
-  judged = data.verifier(config.data.name) is not None and isinstance(system, base.Sampler)
+  judged = data.verifier(config.data.name) is not None and isinstance(system, Sampler)
   return config.evaluate.pictures > 0 and judged
 
 

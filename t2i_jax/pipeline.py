@@ -19,8 +19,11 @@ from t2i_jax.errors import UserError
 from t2i_jax.parallel.compiler_flags import compiler_options
 from t2i_jax.parallel.mesh import batch_sharding, batch_shards, make_mesh, replicated
 from t2i_jax.parallel.sharding import parse_rules, place, shardings
-from t2i_jax.systems import base
+from t2i_jax.systems import trees
 from t2i_jax.systems.base import System
+from t2i_jax.systems.capabilities import Editor, Finisher, Sampler, make_options, require
+from t2i_jax.systems.pictures import to_uint8
+from t2i_jax.systems.randomness import picture_keys
 from t2i_jax.text.tokenizer import Tokenizers
 
 
@@ -44,7 +47,7 @@ class Pipeline:
 
   def __init__(self, system: System, tokenizers: Tokenizers, mesh: Mesh, variables: Any = None,
                config: Any = None, step: int = 0, resting: Any = None):
-    base.require(system, base.Sampler, "sampling")
+    require(system, Sampler, "sampling")
     self.system, self.tokenizers, self.mesh = system, tokenizers, mesh
     self.resting = resting or {}
     self.variables, self.config, self.step = variables, config, step
@@ -53,7 +56,7 @@ class Pipeline:
     compiled = {"compiler_options": compiler_options(mesh.devices.flat[0].platform)}
     self._condition = jax.jit(system.condition, **compiled)
     self._whole = jax.jit(lambda x: x, out_shardings=replicated(mesh), **compiled)
-    self._finishes = isinstance(system, base.Finisher)
+    self._finishes = isinstance(system, Finisher)
     draw = self._drawn if self._finishes else self._pictures
     placed = batch_sharding(mesh) if self._finishes else replicated(mesh)
     self._sample = jax.jit(draw, out_shardings=placed, **compiled)
@@ -82,7 +85,7 @@ class Pipeline:
     system = assembly.build_with(exported.config, exported.components)
     _check_fits(system, exported)
     names = system.text.frozen_groups if offload_text else ()
-    resting, working = base.split(exported.variables, names)
+    resting, working = trees.split(exported.variables, names)
     rules = parse_rules(exported.config.sharding.rules)
     placed = place(working, shardings(working, rules, devices))
     return cls(
@@ -159,7 +162,7 @@ class Pipeline:
       raise UserError(f"seed={seed} is out of range; use 0 to {2**32 - 1}")
     if batch_size < 1:
       raise UserError(f"batch_size={batch_size} draws nothing; use 1 or more")
-    chosen = base.make_options(self.system, options)
+    chosen = make_options(self.system, options)
     begin = self._beginning(chosen, image, known)
     variables = self.variables if variables is None else variables
     shards = batch_shards(self.mesh)
@@ -168,14 +171,14 @@ class Pipeline:
       self.read(prompts, len(prompts))  # what cannot be read is found before anything is drawn
     starts = range(0, len(prompts), size)
     parts = [list(prompts[start : start + size]) for start in starts]
-    encoders, others = base.split(self.resting, self.system.text.frozen_groups)
+    encoders, others = trees.split(self.resting, self.system.text.frozen_groups)
     # A picture to begin with is read by the first stage, which then does not wait.
-    reading = base.merge(variables, self._visiting(others)) if begin else variables
+    reading = trees.merge(variables, self._visiting(others)) if begin else variables
     encoded = self._encoded(reading, encoders, parts, size, negative, begin)
     visiting = None
     for start, part, conditioning in zip(starts, parts, encoded, strict=True):
       if visiting is None:  # not before the encoders have gone
-        visiting = base.merge(variables, self._visiting(others))
+        visiting = trees.merge(variables, self._visiting(others))
       indices = np.arange(first + start, first + start + size)
       with jax.set_mesh(self.mesh):
         drawn = self._sample(
@@ -195,7 +198,7 @@ class Pipeline:
       if known is not None:
         raise UserError("there is a mask and no picture of which a part could stay; give both")
       return {}
-    base.require(self.system, base.Editor, "beginning with a picture")
+    require(self.system, Editor, "beginning with a picture")
     side = self.system.resolution
     size = (options.height or side, options.width or side)
     for name, array in (("picture", image), ("mask", known)):
@@ -223,7 +226,7 @@ class Pipeline:
       for part in parts:
         yield self._encode(variables, part, size, negative, begin)
       return
-    whole = base.merge(variables, self._visiting(encoders))
+    whole = trees.merge(variables, self._visiting(encoders))
     kept = [self._off(self._encode(whole, part, size, negative, begin)) for part in parts]
     del whole
     for conditioning in kept:
@@ -263,9 +266,9 @@ class Pipeline:
       UserError: for what the system refuses.
     """
     rows = batch_shards(self.mesh)
-    chosen = base.make_options(self.system, options)
+    chosen = make_options(self.system, options)
     with jax.set_mesh(self.mesh):
-      whole = base.merge(variables, self.resting)
+      whole = trees.merge(variables, self.resting)
       given = jax.eval_shape(self.system.condition, whole, self.read([], rows))
       call = (variables, given, jnp.uint32(0), np.arange(rows), chosen)
       drawn = jax.eval_shape(self._drawn, *call)
@@ -298,19 +301,14 @@ class Pipeline:
     )
 
   def _drawn(self, variables, conditioning, seed, indices, options):
-    keys = base.picture_keys(seed, indices)
+    keys = picture_keys(seed, indices)
     return self.system.sample(variables, conditioning, keys, options)
 
   def _pictures(self, *call):
-    return _to_uint8(self._drawn(*call))
+    return to_uint8(self._drawn(*call))
 
   def _finished(self, variables, drawn):
-    return _to_uint8(self.system.finish(variables, drawn))
-
-
-def _to_uint8(images: jax.Array) -> jax.Array:
-  """Pictures in [-1, 1] as uint8."""
-  return jnp.clip(jnp.round((images + 1.0) * 127.5), 0, 255).astype(jnp.uint8)
+    return to_uint8(self.system.finish(variables, drawn))
 
 
 def _check_fits(system: System, exported: export.Export) -> None:
@@ -325,7 +323,7 @@ def _check_fits(system: System, exported: export.Export) -> None:
     assembly.abstract_batch(system, 2), frozen,
   )  # fmt: skip
   shapes = lambda variables: {  # noqa: E731
-    name: x.shape for name, x in export.flatten(kept(variables, system.ema_groups)).items()
+    name: x.shape for name, x in trees.flatten(kept(variables, system.ema_groups)).items()
   }
   wanted, given = shapes(wanted), shapes(exported.variables)
   wrong = sorted(k for k in wanted | given if wanted.get(k) != given.get(k))

@@ -21,7 +21,9 @@ from t2i_jax.errors import UserError
 from t2i_jax.parallel.compiler_flags import compiler_options
 from t2i_jax.parallel.mesh import batch_sharding, batch_shards, make_mesh, replicated
 from t2i_jax.parallel.sharding import parse_rules, place, put, shardings
-from t2i_jax.systems import base
+from t2i_jax.systems import trees
+from t2i_jax.systems.capabilities import FirstStage, require
+from t2i_jax.systems.pictures import normalize_images
 from t2i_jax.training.writers import say
 
 # uint8 pictures to their moments, float32 [n, variants, h, w, 2c], which may not be there yet.
@@ -59,7 +61,7 @@ def write_latents(
   counts = _counts(given.name, sources, rows)
   components = assembly.load_components(config)
   first_stage = components.systems[FIRST_STAGE]
-  base.require(first_stage, base.FirstStage, f"components.{FIRST_STAGE}")
+  require(first_stage, FirstStage, f"components.{FIRST_STAGE}")
   stamp = {
     "fingerprint": components.about[FIRST_STAGE]["fingerprint"],
     "frozen": config.precision.frozen, "compute": jnp.dtype(first_stage.dtype).name,
@@ -135,7 +137,7 @@ def _encoder(
   size = -(-batch_size // shards) * shards
 
   def moments(variables, images):
-    own, images = base.group(variables, FIRST_STAGE), base.normalize_images(images)
+    own, images = trees.group(variables, FIRST_STAGE), normalize_images(images)
     pictures = (images, images[:, :, ::-1])[:variants]
     found = jnp.stack([first_stage.encode(own, picture) for picture in pictures], axis=1)
     return found.astype(jnp.float32)

@@ -19,7 +19,7 @@ from t2i_jax.parallel.compiler_flags import options_of
 from t2i_jax.parallel.distributed import agree_on, is_primary
 from t2i_jax.parallel.mesh import batch_sharding, make_mesh
 from t2i_jax.parallel.sharding import parse_rules, place, put, shardings
-from t2i_jax.systems import base
+from t2i_jax.systems import base, trees
 from t2i_jax.systems.base import System
 from t2i_jax.text.tokenizer import Tokenizers
 from t2i_jax.training import state as states
@@ -133,7 +133,7 @@ class Run:
     Raises:
       UserError: for a checkpoint or export that does not fit.
     """
-    _, working = base.split(components.variables, components.resting)
+    _, working = trees.split(components.variables, components.resting)
     plan = Plan.make(config, mesh, system, working, total, steps_of)
     checkpoints = Checkpoints(
       workdir / "checkpoints", keep_last=config.checkpoint.keep_last,
@@ -164,7 +164,7 @@ class Run:
       return
     # Those that rest visit the devices, to be stored as all others are.
     placed = place(self.resting, _frozen_shardings(self.resting, config, mesh))
-    frozen = base.merge(self._state.frozen, placed)
+    frozen = trees.merge(self._state.frozen, placed)
     self.checkpoints.save_frozen(frozen, {"components": components.about})
 
   def take_state(self) -> State:
@@ -203,14 +203,14 @@ def _placed(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
   """The components' variables: on their devices, and on the host of those that rest."""
   if components.held_by is None:
-    resting, working = base.split(components.variables, components.resting)
+    resting, working = trees.split(components.variables, components.resting)
     return place(working, _frozen_shardings(working, config, mesh)), resting
   abstract = jax.tree.map(
     lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
     dict(components.variables), _frozen_shardings(components.variables, config, mesh),
   )
   held = Checkpoints(components.held_by, read_only=True)
-  resting, working = base.split(held.restore_frozen(abstract), components.resting)
+  resting, working = trees.split(held.restore_frozen(abstract), components.resting)
   held.close()
   return working, on_host(resting)
 
@@ -220,13 +220,13 @@ def _initialised(state: State, system: System, exported: export.Export) -> State
 
   def taken(kind: str, tree: Any) -> Any:
     shared = [group for group in tree if group in exported.variables.get(kind, {})]
-    given = export.flatten({group: exported.variables[kind][group] for group in shared})
-    wanted = export.flatten({group: tree[group] for group in shared})
+    given = trees.flatten({group: exported.variables[kind][group] for group in shared})
+    wanted = trees.flatten({group: tree[group] for group in shared})
     _compare(exported.path, wanted, given)
     new = {
       name: place(np.asarray(given[name], x.dtype), x.sharding) for name, x in wanted.items()
     }
-    return {**tree, **export.unflatten(new)}
+    return {**tree, **trees.unflatten(new)}
 
   if not set(state.params) & set(exported.variables.get("params", {})):
     raise UserError(f"init_from={exported.path} has no parameters for this config's "
@@ -266,7 +266,7 @@ def _compare(path: Any, wanted: Mapping[str, Any], given: Mapping[str, Any]) -> 
 
 def held_variables(system: System, state: State, ema: bool) -> dict[str, Any]:
   """Variables of the groups that sampling needs, where they lie."""
-  return base.split(state.variables(ema), (*system.ema_groups, *system.frozen_groups))[0]
+  return trees.split(state.variables(ema), (*system.ema_groups, *system.frozen_groups))[0]
 
 
 def on_host(tree: Any) -> Any:

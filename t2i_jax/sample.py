@@ -136,9 +136,9 @@ def _beginning(flags, system, options) -> tuple[np.ndarray | None, np.ndarray | 
       raise UserError(f"--mask={flags.mask} is of a picture to begin with; give --image too")
     return None, None
   from t2i_jax.data.images import BadImage, decode
-  from t2i_jax.systems import base
+  from t2i_jax.systems.capabilities import Editor, require
 
-  base.require(system, base.Editor, "--image")
+  require(system, Editor, "--image")
   height, width = (options.get(side) or system.resolution for side in ("height", "width"))
   if height != width:
     raise UserError(f"--image is cropped to a square, and {height} x {width} are to be drawn; make "

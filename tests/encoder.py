@@ -11,6 +11,7 @@ from t2i_jax import assembly, config, data, export, recipe, systems
 from t2i_jax.systems import base
 from t2i_jax.systems.base import Conditioning
 from t2i_jax.systems.conditioning import TextConditioner
+from t2i_jax.systems.trees import NO_VARIABLES
 from t2i_jax.text.tokenizer import null_text
 
 VOCAB, LENGTH, WIDTH = 300, 40, 16
@@ -28,7 +29,7 @@ class Encoder(base.System):
   def batch_spec(self):
     return {}
 
-  def init(self, rng, batch, frozen=base.NO_VARIABLES):
+  def init(self, rng, batch, frozen=NO_VARIABLES):
     return {"params": {"table": {"rows": jax.random.normal(rng, (VOCAB, WIDTH))}}}
 
   def encode(self, variables, text):

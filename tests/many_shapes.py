@@ -12,9 +12,11 @@ import jax.numpy as jnp
 
 from t2i_jax import recipe, systems
 from t2i_jax.config import choose, parse_arg
-from t2i_jax.systems import base
+from t2i_jax.systems import base, trees
 from t2i_jax.systems.base import Aux, Field, Player
 from t2i_jax.systems.conditioning import TextConditioner
+from t2i_jax.systems.pictures import normalize_images
+from t2i_jax.systems.trees import NO_VARIABLES
 
 SIDE = 16
 SIZES = {"tiny": dict(width=2)}
@@ -52,15 +54,15 @@ class ManyShapes(base.System):
   def shape_of(self, height, width):
     return height, width, 3
 
-  def init(self, rng, batch, frozen=base.NO_VARIABLES):
-    made = self.network.init(rng, base.normalize_images(batch["image"]))
-    return base.as_group("denoiser", made)
+  def init(self, rng, batch, frozen=NO_VARIABLES):
+    made = self.network.init(rng, normalize_images(batch["image"]))
+    return trees.as_group("denoiser", made)
 
   def loss(self, variables, batch, rng, step):
     return jnp.mean(self.evaluation_loss(variables, batch, rng)["error"]), Aux()
 
   def evaluation_loss(self, variables, batch, rng):
-    image = base.normalize_images(batch["image"])
+    image = normalize_images(batch["image"])
     noisy = image + jax.random.normal(rng, image.shape)
-    made = self.network.apply(base.group(variables, "denoiser"), noisy)
+    made = self.network.apply(trees.group(variables, "denoiser"), noisy)
     return {"error": jnp.mean((made - image) ** 2, axis=(1, 2, 3))}

@@ -9,6 +9,7 @@ from runs import ROOT, assert_same_bits, config_of, metrics, train_on
 import t2i_jax
 from t2i_jax import adapters, assembly, export
 from t2i_jax.errors import UserError
+from t2i_jax.systems import trees
 
 pytestmark = pytest.mark.usefixtures("compiled_programs")
 
@@ -49,7 +50,7 @@ def test_training_changes_the_adapters_alone(run, base):
   given = export.read(base)
   assert_same_bits(state.frozen["params"]["base"], given.variables["params"])
   assert set(state.params) == {"adapters"}
-  ups = [x for path, x in export.flatten(state.params).items() if path.endswith("/up")]
+  ups = [x for path, x in trees.flatten(state.params).items() if path.endswith("/up")]
   assert ups and all(np.any(x) for x in ups)
   exported = export.read(workdir / "export")
   assert_same_bits(exported.variables["params"]["base"], given.variables["params"])

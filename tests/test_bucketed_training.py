@@ -12,7 +12,7 @@ from two_stage import Shrinker
 
 from t2i_jax import bucketing, caches, main
 from t2i_jax.errors import UserError
-from t2i_jax.systems import base, load
+from t2i_jax.systems import base, load, trees
 from t2i_jax.systems.conditioning import TextConditioner
 from t2i_jax.systems.diffusion.ddpm import DDPM
 from t2i_jax.systems.diffusion.dit import DiT
@@ -119,7 +119,7 @@ def test_systems_train_on_every_shape(name):
       system.components["first_stage"].init, jax.random.key(0), a_batch(16, 16)
     )["params"]}}
   made = jax.eval_shape(system.init, jax.random.key(0), a_batch(16, 48), frozen)
-  variables = base.merge(made, frozen)
+  variables = trees.merge(made, frozen)
   for shape in shapes:
     loss, _ = jax.eval_shape(system.loss, variables, a_batch(*shape), jax.random.key(1), 0)
     assert loss.shape == ()

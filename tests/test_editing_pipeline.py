@@ -18,6 +18,8 @@ from t2i_jax.systems import base
 from t2i_jax.systems.base import Conditioning
 from t2i_jax.systems.conditioning import TextConditioner
 from t2i_jax.systems.diffusion.sampling import Options
+from t2i_jax.systems.pictures import normalize_images
+from t2i_jax.systems.trees import NO_VARIABLES
 from t2i_jax.text.tokenizer import Tokenizers, train_tokenizer
 
 SIDE = 8
@@ -38,7 +40,7 @@ class Recorder(base.System):
   def batch_spec(self):
     return {}
 
-  def init(self, rng, batch, frozen=base.NO_VARIABLES):
+  def init(self, rng, batch, frozen=NO_VARIABLES):
     return {}
 
   def encoded(self, variables, images):
@@ -52,7 +54,7 @@ class Recorder(base.System):
     null = Conditioning(pooled=jnp.zeros(len(text)), extra={"of": jnp.ones(len(text))})
     extra = {"of": jnp.ones(len(text))}
     if "image" in batch:
-      extra["start"] = base.normalize_images(batch["image"])
+      extra["start"] = normalize_images(batch["image"])
     return Conditioning(pooled=pooled(text), extra=extra, null=null)
 
   def sample(self, variables, conditioning, keys, options):

@@ -23,7 +23,7 @@ from t2i_jax.metrics.reference import Reference
 from t2i_jax.metrics.result import Result
 from t2i_jax.metrics.scores import Collected, Metric, Scores
 from t2i_jax.prompts import Prompt
-from t2i_jax.systems import base
+from t2i_jax.systems import trees
 from t2i_jax.text.tokenizer import Tokenizers
 
 pytestmark = pytest.mark.usefixtures("compiled_programs")
@@ -42,7 +42,7 @@ def write_export(path, config):
   rng = np.random.default_rng(0)
   variables = jax.tree.map(
     lambda x: rng.normal(0, 0.3, x.shape).astype(x.dtype),
-    base.split(shapes, system.ema_groups)[0],
+    trees.split(shapes, system.ema_groups)[0],
   )
   return export.write(path, config, 7, variables, tokenizers)
 

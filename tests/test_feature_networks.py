@@ -11,7 +11,7 @@ from t2i_jax.feature_networks import Networks
 from t2i_jax.metrics import registry
 from t2i_jax.metrics.reference import Reference
 from t2i_jax.parallel.mesh import make_mesh
-from t2i_jax.systems import base
+from t2i_jax.systems.pictures import normalize_images
 from t2i_jax.text.tokenizer import Tokenizers, train_tokenizer
 
 SIDE = 16
@@ -59,10 +59,10 @@ def test_a_feature_net_measures_distances_called_by_its_data_set(feature_net, me
   path, system, variables = feature_net
   networks = Networks({"feature-net": path}, mesh, batch_size=8)
   features, images = networks.of("feature-net"), pictures(20)
-  expected = system.features(variables, base.normalize_images(images))
+  expected = system.features(variables, normalize_images(images))
   np.testing.assert_allclose(features.of(images)["features"], expected, atol=1e-4)
   others = pictures(20, 1)
-  distances = system.distance(variables, *map(base.normalize_images, (images, others)))
+  distances = system.distance(variables, *map(normalize_images, (images, others)))
   np.testing.assert_allclose(features.distance(images, others), distances, rtol=1e-3)
 
   names = ["fd_feature_net", "feature_net_diversity"]
@@ -92,7 +92,7 @@ def test_towers_read_pictures_and_captions(towers, mesh):
   features = networks.of("clip-vit")
   assert features is networks.of("clip-vit") and features.name == "clip-vit-16x1-8@16"
   captions, images = ["a ring", "two rings", "no ring"], pictures(3)
-  seen = system.embed_images(variables, base.normalize_images(images))
+  seen = system.embed_images(variables, normalize_images(images))
   read = system.embed_text(variables, tokenizer.encode(captions))
   np.testing.assert_allclose(features.of(images)["features"], seen, atol=1e-4)
   np.testing.assert_allclose(features.read(captions), read, atol=1e-4)

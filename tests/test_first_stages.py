@@ -8,7 +8,7 @@ from runs import assert_same_bits, config_of, metrics, train_on
 
 from t2i_jax import assembly, export
 from t2i_jax.errors import UserError
-from t2i_jax.systems import base
+from t2i_jax.systems.capabilities import FirstStage
 
 pytestmark = pytest.mark.usefixtures("compiled_programs")
 QUIET = {"evaluate__every": 0, "sample__every": 0}
@@ -46,7 +46,7 @@ def test_the_export_encodes_decodes_and_compares(run):
   exported = export.read(folder / "export")
   assert set(exported.variables["params"]) == {"encoder", "decoder", "perceptual"}
   system = assembly.build_with(exported.config, exported.components)
-  assert isinstance(system, base.FirstStage) and system.perceptual.name == "feature_net"
+  assert isinstance(system, FirstStage) and system.perceptual.name == "feature_net"
   images = np.random.default_rng(0).uniform(-1, 1, (2, 16, 16, 3)).astype("f4")
   moments = system.encode(exported.variables, images)
   assert moments.shape == (2, *system.latent_shape(16)[:2], 8)

@@ -17,7 +17,7 @@ import pytest
 
 from t2i_jax import assembly, recipe
 from t2i_jax import config as configs
-from t2i_jax.systems import base
+from t2i_jax.systems import trees
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -129,13 +129,13 @@ def built(stem, size):
     for name, other in COMPONENTS.get(stem, {}).items()
   }  # fmt: skip
   system = assembly.build_system(config, {name: part[0] for name, part in parts.items()})
-  frozen = base.merge(*(
+  frozen = trees.merge(*(
     {kind: {name: groups} for kind, groups in variables.items()}
     for name, (_, variables, _) in parts.items()
   ))  # fmt: skip
   batch = assembly.abstract_batch(system, 2)
   key = jax.eval_shape(lambda: jax.random.key(0))
-  return system, base.merge(jax.eval_shape(system.init, key, batch, frozen), frozen), batch
+  return system, trees.merge(jax.eval_shape(system.init, key, batch, frozen), frozen), batch
 
 
 @functools.cache

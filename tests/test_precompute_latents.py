@@ -18,7 +18,7 @@ from t2i_jax import data, export, precompute, precompute_latents, precompute_tex
 from t2i_jax.data.latent_cache import LatentCache, Writer
 from t2i_jax.errors import UserError
 from t2i_jax.precompute_latents import write_latents
-from t2i_jax.systems.base import normalize_images
+from t2i_jax.systems.pictures import normalize_images
 
 pytestmark = pytest.mark.usefixtures("compiled_programs")
 CONFIG = two_stage.__file__

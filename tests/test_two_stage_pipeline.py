@@ -10,7 +10,7 @@ import t2i_jax
 from t2i_jax import export
 from t2i_jax.parallel.mesh import make_mesh
 from t2i_jax.pipeline import Pipeline
-from t2i_jax.systems import base
+from t2i_jax.systems import trees
 
 pytestmark = pytest.mark.usefixtures("compiled_programs")
 PROMPTS = ["a red ring", "a blue square", "a ring"]
@@ -40,7 +40,7 @@ def test_the_export_holds_both_and_draws(built):
 def test_a_first_stage_that_rests_draws_the_same(built):
   exported = export.read(built)
   pipeline = t2i_jax.load(built)
-  resting, working = base.split(exported.variables, ("first_stage",))
+  resting, working = trees.split(exported.variables, ("first_stage",))
   mesh = make_mesh({"data": -1}, jax.devices()[:2])
   away = Pipeline(pipeline.system, pipeline.tokenizers, mesh, working, pipeline.config,
                   resting=resting)
@@ -48,5 +48,5 @@ def test_a_first_stage_that_rests_draws_the_same(built):
   drawn = away(PROMPTS, seed=1, batch_size=2)
   np.testing.assert_array_equal(drawn, pipeline(PROMPTS, seed=1))
   # The program that draws does not see it, and the one that finishes does not draw.
-  without = export.flatten(away.variables)
+  without = trees.flatten(away.variables)
   assert not any("first_stage" in name for name in without)

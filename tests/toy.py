@@ -16,9 +16,12 @@ from flax import struct
 
 from t2i_jax import recipe, systems
 from t2i_jax.config import choose, parse_arg
-from t2i_jax.systems import base
+from t2i_jax.systems import base, trees
 from t2i_jax.systems.base import Aux, Field, Player
 from t2i_jax.systems.conditioning import TextConditioner
+from t2i_jax.systems.pictures import normalize_images
+from t2i_jax.systems.randomness import fold_name
+from t2i_jax.systems.trees import NO_VARIABLES
 
 SIDE = 16
 SIZES = {"tiny": dict(width=32)}
@@ -109,14 +112,14 @@ class Toy(base.System):
   def batch_spec(self):
     return {"image": Field((SIDE, SIDE, 3), "uint8"), **self.text.batch_spec()}
 
-  def init(self, rng, batch, frozen=base.NO_VARIABLES):
-    text = self.text.init(base.fold_name(rng, "text_encoder"), batch, frozen)
-    pooled = self.text(base.merge(text, frozen), batch).pooled
-    drawer = self.drawer.init(base.fold_name(rng, "drawer"), _with_noise(rng, pooled))
+  def init(self, rng, batch, frozen=NO_VARIABLES):
+    text = self.text.init(fold_name(rng, "text_encoder"), batch, frozen)
+    pooled = self.text(trees.merge(text, frozen), batch).pooled
+    drawer = self.drawer.init(fold_name(rng, "drawer"), _with_noise(rng, pooled))
     critic = self.critic.init(
-      base.fold_name(rng, "critic"), _features(base.normalize_images(batch["image"]), pooled), True
+      fold_name(rng, "critic"), _features(normalize_images(batch["image"]), pooled), True
     )
-    return base.merge(text, base.as_group("drawer", drawer), base.as_group("critic", critic))
+    return trees.merge(text, trees.as_group("drawer", drawer), trees.as_group("critic", critic))
 
   def critic_loss(self, variables, batch, rng, step):
     image, pooled, drawn = self._drawn(variables, batch, rng)
@@ -145,16 +148,16 @@ class Toy(base.System):
   def _drawn(self, variables, batch, rng, train=True):
     pooled = self.text(variables, batch, rng if train else None).pooled
     drawn = self._draw(variables, _with_noise(rng, pooled))
-    return base.normalize_images(batch["image"]), pooled, drawn
+    return normalize_images(batch["image"]), pooled, drawn
 
   def _draw(self, variables, x):
-    flat = self.drawer.apply(base.group(variables, "drawer"), x)
+    flat = self.drawer.apply(trees.group(variables, "drawer"), x)
     return nn.tanh(flat).reshape(len(x), SIDE, SIDE, 3)
 
   def _judge(self, variables, image, pooled):
-    own = base.group(variables, "critic")
+    own = trees.group(variables, "critic")
     score, stats = self.critic.apply(own, _features(image, pooled), True, mutable=["stats"])
-    return score, base.as_group("critic", stats)
+    return score, trees.as_group("critic", stats)
 
 
 def _with_noise(rng, pooled):

@@ -17,9 +17,12 @@ from toy import Dense
 from t2i_jax import config as configs
 from t2i_jax import export, recipe, systems
 from t2i_jax.config import choose, parse_arg
-from t2i_jax.systems import base
+from t2i_jax.systems import base, trees
 from t2i_jax.systems.base import Aux, Field, Player
 from t2i_jax.systems.conditioning import TextConditioner
+from t2i_jax.systems.pictures import normalize_images
+from t2i_jax.systems.randomness import fold_name
+from t2i_jax.systems.trees import NO_VARIABLES
 from t2i_jax.text.tokenizer import Tokenizers
 
 FACTOR = 4
@@ -59,7 +62,7 @@ class Shrinker(base.System):
   def batch_spec(self):
     return {"image": Field((self.resolution, self.resolution, 3), "uint8")}
 
-  def init(self, rng, batch, frozen=base.NO_VARIABLES):
+  def init(self, rng, batch, frozen=NO_VARIABLES):
     return {"params": {"shrinker": {"gain": jnp.ones(()), "log_variance": jnp.zeros(())}}}
 
   def encode(self, variables, images):
@@ -133,14 +136,14 @@ class Latents(base.System):
     image = Field((self.resolution, self.resolution, 3), "uint8")
     return {"image": image, **self.text.batch_spec()}
 
-  def init(self, rng, batch, frozen=base.NO_VARIABLES):
-    text = self.text.init(base.fold_name(rng, "text_encoder"), batch, frozen)
-    pooled = self.text(base.merge(text, frozen), batch).pooled
+  def init(self, rng, batch, frozen=NO_VARIABLES):
+    text = self.text.init(fold_name(rng, "text_encoder"), batch, frozen)
+    pooled = self.text(trees.merge(text, frozen), batch).pooled
     noise = jnp.zeros((len(pooled), 8))
     drawer = self.drawer.init(
-      base.fold_name(rng, "drawer"), jnp.concatenate([noise, pooled], axis=1)
+      fold_name(rng, "drawer"), jnp.concatenate([noise, pooled], axis=1)
     )
-    return base.merge(text, base.as_group("drawer", drawer))
+    return trees.merge(text, trees.as_group("drawer", drawer))
 
   def loss(self, variables, batch, rng, step):
     return jnp.mean(self._errors(variables, batch, rng, rng)), Aux()
@@ -156,17 +159,17 @@ class Latents(base.System):
     return self._draw(variables, noise, conditioning.pooled)
 
   def finish(self, variables, drawn):
-    return self.first_stage.decode(base.group(variables, "first_stage"), drawn)
+    return self.first_stage.decode(trees.group(variables, "first_stage"), drawn)
 
   def _errors(self, variables, batch, rng, text_rng):
     if "latent" in batch:
       moments = batch["latent"].astype(jnp.float32)
     else:
-      images = base.normalize_images(batch["image"])
-      moments = self.first_stage.encode(base.group(variables, "first_stage"), images)
+      images = normalize_images(batch["image"])
+      moments = self.first_stage.encode(trees.group(variables, "first_stage"), images)
     # Rounded moments are what both ways of getting them begin with.
     mean, log_variance = jnp.split(jax.lax.optimization_barrier(moments), 2, axis=-1)
-    noise = jax.random.normal(base.fold_name(rng, "posterior"), mean.shape)
+    noise = jax.random.normal(fold_name(rng, "posterior"), mean.shape)
     latents = mean + jnp.exp(0.5 * log_variance) * noise
     pooled = self.text(variables, batch, text_rng).pooled
     noise = jax.random.normal(rng, (len(pooled), 8))
@@ -174,5 +177,5 @@ class Latents(base.System):
 
   def _draw(self, variables, noise, pooled):
     given = jnp.concatenate([noise, pooled], axis=1)
-    flat = self.drawer.apply(base.group(variables, "drawer"), given)
+    flat = self.drawer.apply(trees.group(variables, "drawer"), given)
     return flat.reshape(len(flat), *self.shape)

@@ -14,7 +14,7 @@ from t2i_jax import assembly, export, recipe
 from t2i_jax.conversion import blamed, dtype_of
 from t2i_jax.conversion.networks import Network
 from t2i_jax.errors import UserError
-from t2i_jax.systems import base
+from t2i_jax.systems import trees
 from t2i_jax.systems.conditioning import GROUP
 from t2i_jax.systems.diffusion.denoiser import DENOISER
 from t2i_jax.systems.diffusion.ldm import FIRST_STAGE, LATENTS
@@ -98,7 +98,7 @@ def write(
   measured = {
     name: np.float32(config.model[f"latent_{name}"]) for name in ("scale", "shift")
   }
-  variables = base.merge(
+  variables = trees.merge(
     variables, {"params": {DENOISER: params}, LATENTS: {DENOISER: measured}}
   )
   tokenizers = Tokenizers({

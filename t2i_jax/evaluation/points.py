@@ -17,8 +17,9 @@ from t2i_jax import config as configs
 from t2i_jax.errors import UserError, unknown
 from t2i_jax.pipeline import Pipeline
 from t2i_jax.sample import COMMON
-from t2i_jax.systems import base
+from t2i_jax.systems import trees
 from t2i_jax.systems.base import System
+from t2i_jax.systems.capabilities import Sampler, require
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,11 +90,11 @@ def read_models(given: Sequence[str], guide: str = "") -> list[Model]:
     if guide:
       exported = guiding.guided(exported, guide)
     system = assembly.build_with(exported.config, exported.components)
-    base.require(system, base.Sampler, f"evaluating the pictures of --export={path}")
+    require(system, Sampler, f"evaluating the pictures of --export={path}")
     about = json.loads((epath.Path(path).expanduser() / export.CONFIG).read_text())
     digest = export.fingerprint(path) + (export.fingerprint(guide) if guide else "")
     sizes = {
-      group: sum(math.prod(leaf.shape) for leaf in export.flatten({group: tree}).values())
+      group: sum(math.prod(leaf.shape) for leaf in trees.flatten({group: tree}).values())
       for group, tree in exported.variables.get("params", {}).items()
     }
     frozen = sum(size for group, size in sizes.items() if group in system.frozen_groups)

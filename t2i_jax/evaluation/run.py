@@ -35,7 +35,7 @@ from t2i_jax.parallel.distributed import is_primary
 from t2i_jax.parallel.mesh import batch_shards, make_mesh
 from t2i_jax.pipeline import Pipeline
 from t2i_jax.sample import sampling_options
-from t2i_jax.systems import base
+from t2i_jax.systems.capabilities import Evaluated, require
 from t2i_jax.training.preemption import StopSignal, exit_stopped
 
 
@@ -59,7 +59,7 @@ def evaluate(flags: Any) -> None:
   sets = _prompt_sets(flags, config, models[0], sources)
   metrics = flags.metric or _possible(flags, config, models)
   for model in models if LOSS in metrics else ():
-    base.require(model.system, base.Evaluated, "the metric 'loss'")
+    require(model.system, Evaluated, "the metric 'loss'")
   if VERIFIER in metrics:
     for model in models:
       verifier.check_judged(config, model.system, flags.pictures or 2)
@@ -161,7 +161,7 @@ def _possible(flags, config, models: Sequence[Model]) -> list[str]:
   if flags.prompts:
     return []
   possible = []
-  if all(isinstance(model.system, base.Evaluated) for model in models):
+  if all(isinstance(model.system, Evaluated) for model in models):
     possible.append(LOSS)
   if data.verifier(config.data.name):
     try:

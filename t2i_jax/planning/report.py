@@ -19,8 +19,9 @@ from t2i_jax.parallel.topology import bytes_a_chip
 from t2i_jax.planning import published
 from t2i_jax.planning.collectives import Traffic, traffic
 from t2i_jax.restore import Plan
-from t2i_jax.systems import base
+from t2i_jax.systems import trees
 from t2i_jax.systems.base import System
+from t2i_jax.systems.capabilities import FirstStage, TextEncoder
 from t2i_jax.training.compiled import CompiledStep
 from t2i_jax.training.step import StepOptions, make_step
 
@@ -115,14 +116,14 @@ def build(config: ConfigDict, names: Mapping[str, str], encode: bool) -> Parts:
     return Parts(systems.build(config, parts, dtype), frozen)
   encoders = [
     name for name, part in parts.items()
-    if isinstance(part, base.TextEncoder) and config.text.encoder == "component"
+    if isinstance(part, TextEncoder) and config.text.encoder == "component"
   ]  # fmt: skip
   cached: dict[str, Any] = {}
   if encoders:
     cached["cached_null"] = {name: published.features_of(parts[name]) for name in encoders}
-  if isinstance(parts.get(FIRST_STAGE), base.FirstStage):
+  if isinstance(parts.get(FIRST_STAGE), FirstStage):
     cached["cached_latent"] = published.latents_of(parts[FIRST_STAGE], config.model.resolution)
-  _, working = base.split(frozen, (*encoders, *([FIRST_STAGE] if FIRST_STAGE in parts else [])))
+  _, working = trees.split(frozen, (*encoders, *([FIRST_STAGE] if FIRST_STAGE in parts else [])))
   return Parts(systems.build(config, parts, dtype, **cached), working)
 
 

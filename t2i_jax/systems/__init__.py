@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from t2i_jax.errors import UserError, unknown
 from t2i_jax.systems import base
+from t2i_jax.systems.capabilities import TextEncoder, require
 
 SYSTEMS = {
   "adm": "t2i_jax.systems.diffusion.adm:ADM",
@@ -110,7 +111,7 @@ def build_text(
   for name in text.frozen_groups:
     if name not in components:
       raise UserError(f"text.encoder=component needs components.{name}=PATH of its export")
-    base.require(components[name], base.TextEncoder, f"components.{name}")
+    require(components[name], TextEncoder, f"components.{name}")
     encoders[name] = components[name]
   return dataclasses.replace(text, components=encoders, cached_null=cached_null)
 

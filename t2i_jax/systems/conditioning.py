@@ -16,8 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from t2i_jax.errors import UserError, unknown
-from t2i_jax.systems import base
-from t2i_jax.systems.base import Array, Batch, Conditioning, Variables
+from t2i_jax.systems import base, trees
+from t2i_jax.systems.base import Array, Batch, Conditioning
+from t2i_jax.systems.checks import check_positive
+from t2i_jax.systems.randomness import fold_name
+from t2i_jax.systems.trees import NO_VARIABLES, Variables
 from t2i_jax.text.tokenizer import TRAINERS, null_text
 
 GROUP = "text_encoder"
@@ -86,7 +89,7 @@ class TextConditioner:
     ):
       if value not in valid:
         raise unknown(f"text {kind}", value, valid)
-    base.check_positive("text", self, "length", "width", "layers", "heads")
+    check_positive("text", self, "length", "width", "layers", "heads")
     for name in ("drop", "drop_each"):
       if not 0.0 <= getattr(self, name) <= 1.0:
         raise UserError(f"text.{name}={getattr(self, name)} is no probability; use 0 to 1")
@@ -148,28 +151,28 @@ class TextConditioner:
     )
 
   def init(
-    self, rng: Array, batch: Batch, frozen: Variables = base.NO_VARIABLES
+    self, rng: Array, batch: Batch, frozen: Variables = NO_VARIABLES
   ) -> dict[str, dict[str, Any]]:
     """Variables of a trained encoder and of a learned null; nothing for the other kinds."""
     variables: dict[str, dict[str, Any]] = {}
     if self.encoder in TRAINED:
       text = batch["text"][GROUP]
-      variables = base.as_group(GROUP, self.network.init(rng, text["ids"], text["mask"]))
+      variables = trees.as_group(GROUP, self.network.init(rng, text["ids"], text["mask"]))
     if self.null != "learned":
       return variables
     parts = jax.eval_shape(
-      lambda frozen, batch: self.each(base.merge(variables, frozen), batch), dict(frozen), batch
+      lambda frozen, batch: self.each(trees.merge(variables, frozen), batch), dict(frozen), batch
     )
     null = {
       name: {
         field: _NULL_SCALE * jax.random.normal(
-          base.fold_name(rng, f"{name}/{field}"), getattr(part, field).shape[1:]
+          fold_name(rng, f"{name}/{field}"), getattr(part, field).shape[1:]
         )
         for field in ("sequence", "pooled") if getattr(part, field) is not None
       }
       for name, part in parts.items()
     }  # fmt: skip
-    return base.merge(variables, {"params": {NULL_GROUP: null}})
+    return trees.merge(variables, {"params": {NULL_GROUP: null}})
 
   def batch_spec(self) -> dict[str, base.Field]:
     """What the encoders read of a batch."""
@@ -234,7 +237,7 @@ class TextConditioner:
     if rng is None:
       return None
     draws = [
-      jax.random.bernoulli(base.fold_name(rng, draw), probability, (rows,))
+      jax.random.bernoulli(fold_name(rng, draw), probability, (rows,))
       for draw, probability in (
         ("caption_dropout", self.drop), (f"caption_dropout/{name}", self.drop_each)
       )
@@ -244,9 +247,9 @@ class TextConditioner:
 
   def _encode(self, name: str, variables: Variables, text: Mapping[str, Array]) -> Conditioning:
     if self.encoder == "component":
-      return self.components[name].encode(base.group(variables, name), text)
+      return self.components[name].encode(trees.group(variables, name), text)
     sequence, pooled = self.network.apply(
-      base.group(variables, GROUP), text["ids"], text["mask"]
+      trees.group(variables, GROUP), text["ids"], text["mask"]
     )
     return Conditioning(sequence=sequence, mask=text["mask"], pooled=pooled)
 

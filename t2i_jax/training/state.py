@@ -8,8 +8,9 @@ import optax
 from flax import struct
 
 from t2i_jax.errors import UserError
-from t2i_jax.systems import base
+from t2i_jax.systems import trees
 from t2i_jax.systems.base import Batch, System
+from t2i_jax.systems.randomness import fold_name
 
 
 @struct.dataclass
@@ -44,7 +45,7 @@ class State:
     """All variables, as systems take them; with `ema`, averages where they exist."""
     params = {**self.params, **(self.ema if ema else {})}
     averaged = self.ema_collections if ema else {}
-    return base.merge(self.collections, averaged, {"params": params}, self.frozen)
+    return trees.merge(self.collections, averaged, {"params": params}, self.frozen)
 
 
 def create(
@@ -65,8 +66,8 @@ def create(
     frozen: variables of the components.
     average: whether an EMA is kept.
   """
-  rng = base.fold_name(jax.random.key(seed), "init")
-  variables = base.merge(system.init(rng, batch, frozen))
+  rng = fold_name(jax.random.key(seed), "init")
+  variables = trees.merge(system.init(rng, batch, frozen))
   params = variables.pop("params")
   _check_groups(system, params, frozen)
   # Copies: a donated state must not hold one buffer twice.

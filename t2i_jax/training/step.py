@@ -10,7 +10,7 @@ import optax
 
 from t2i_jax.errors import UserError
 from t2i_jax.parallel.flops import every
-from t2i_jax.systems import base
+from t2i_jax.systems import trees
 from t2i_jax.systems.base import Aux, Batch, Player, System
 from t2i_jax.training.state import State
 
@@ -186,7 +186,7 @@ def _accumulated(
     (gradients, metrics), collections = carry
     i, part = inputs
     new, aux = player.gradients(
-      base.merge(variables, collections), part, jax.random.fold_in(rng, i), state.step
+      trees.merge(variables, collections), part, jax.random.fold_in(rng, i), state.step
     )
     total = jax.tree.map(jnp.add, (gradients, metrics), (new, aux.metrics))
     return (total, aux.collections), None
@@ -214,7 +214,7 @@ def _update(
     ema={**state.ema, **_averaged(state.ema, trained, count, options)},
     optimizer={**state.optimizer, player.name: optimizer_state},
     updates={**state.updates, player.name: count + 1},
-    collections=base.merge(state.collections, aux.collections),
+    collections=trees.merge(state.collections, aux.collections),
   )
   return state, {**aux.metrics, "gradient_norm": norm, "finite": finite}
 
@@ -253,7 +253,7 @@ def _with_statistics(
       _, aux = loss(variables, part, rng, state.step)
       for kind, groups in aux.collections.items():
         held = {n: tree for n, tree in groups.items() if n in seen.get(kind, {})}
-        seen = base.merge(seen, {kind: held})
+        seen = trees.merge(seen, {kind: held})
     return state.replace(ema_collections=seen)
 
   due = state.step % STATISTICS_EVERY == 0
@@ -275,7 +275,7 @@ def _simultaneous(system, optimizers, options, state, batch, rng):
 
   def losses_of(params):
     losses, aux = system.joint_losses(
-      base.with_params(variables, params), batch, rng, state.step
+      trees.with_params(variables, params), batch, rng, state.step
     )
     return losses, aux
 
@@ -295,7 +295,7 @@ def _simultaneous(system, optimizers, options, state, batch, rng):
   metrics["collections/finite"] = jnp.all(
     jnp.stack([jnp.all(jnp.isfinite(x)) for x in collections] or [jnp.bool_(True)])
   )
-  return state.replace(collections=base.merge(state.collections, aux.collections)), metrics
+  return state.replace(collections=trees.merge(state.collections, aux.collections)), metrics
 
 
 def _slice(batch: Batch, parts: int, index: int, what: str) -> Batch:

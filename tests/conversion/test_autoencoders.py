@@ -8,7 +8,7 @@ import pytest
 
 from t2i_jax import assembly, convert, export
 from t2i_jax.networks.autoencoder import Decoder, Encoder
-from t2i_jax.systems import base
+from t2i_jax.systems.capabilities import FirstStage
 from t2i_jax.weights import autoencoder as maps
 from t2i_jax.weights.safetensors_file import write_safetensors
 
@@ -54,7 +54,7 @@ def test_a_folder_there_and_back(folder, params, tmp_path):
   exported = export.read(tmp_path / "export")
   assert_same(exported.variables["params"], params)
   system = assembly.build_with(exported.config, exported.components)
-  assert isinstance(system, base.FirstStage) and system.scale == 0.18215
+  assert isinstance(system, FirstStage) and system.scale == 0.18215
   assert system.latent_shape(16) == (8, 8, 4)
   convert.main([f"--source={tmp_path / 'export'}", f"--output={tmp_path / 'back'}",
                 "--to=diffusers"])

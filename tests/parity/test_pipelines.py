@@ -18,7 +18,8 @@ from tokenizers import models, pre_tokenizers, trainers  # noqa: E402
 import t2i_jax  # noqa: E402
 from t2i_jax import convert, export  # noqa: E402
 from t2i_jax.diffusion.solvers import start_noise  # noqa: E402
-from t2i_jax.systems import base  # noqa: E402
+from t2i_jax.systems import trees  # noqa: E402
+from t2i_jax.systems.randomness import picture_keys  # noqa: E402
 from t2i_jax.weights.stored import open_weights  # noqa: E402
 
 PROMPTS = ["a red ring", "two small blue squares above a big yellow diamond on the left"]
@@ -244,7 +245,7 @@ def test_one_file_holds_the_same(case):
   convert.main([f"--source={path}", f"--output={place / 'again'}", f"--resolution={SIDE}",
                 f"--tokenizer={place / 'folder' / 'tokenizer'}", *flags])
   again, first = export.read(place / "again"), export.read(place / "export")
-  numbers, expected = export.flatten(again.variables), export.flatten(first.variables)
+  numbers, expected = trees.flatten(again.variables), trees.flatten(first.variables)
   # What a text encoder that reads no projection is not given.
   assert set(numbers) == set(expected)
   for key, value in expected.items():
@@ -272,7 +273,7 @@ def drawn_by_us(path):
   exported = export.read(path)
   options = {**exported.config.sample.options.to_dict(), "steps": STEPS, "guidance": GUIDANCE}
   pictures = t2i_jax.load(path)(PROMPTS, seed=SEED, **options)
-  keys = base.picture_keys(jnp.uint32(SEED), jnp.arange(len(PROMPTS)))
+  keys = picture_keys(jnp.uint32(SEED), jnp.arange(len(PROMPTS)))
   return pictures.astype(float), np.asarray(start_noise(keys, (SIDE // 2, SIDE // 2, 4)))
 
 

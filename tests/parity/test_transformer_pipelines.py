@@ -28,7 +28,8 @@ from test_pipelines import (  # noqa: E402
 import t2i_jax  # noqa: E402
 from t2i_jax import convert, export  # noqa: E402
 from t2i_jax.diffusion.solvers import start_noise  # noqa: E402
-from t2i_jax.systems import base  # noqa: E402
+from t2i_jax.systems import trees  # noqa: E402
+from t2i_jax.systems.randomness import picture_keys  # noqa: E402
 from t2i_jax.weights.safetensors_file import write_safetensors  # noqa: E402
 from t2i_jax.weights.stored import open_weights  # noqa: E402
 
@@ -178,7 +179,7 @@ def test_pictures_are_the_same(case, monkeypatch):
   options = {**exported.config.sample.options.to_dict(), "steps": STEPS, "guidance": GUIDANCE}
   prompts = ["207", "3"] if name == "DiT" else PROMPTS
   ours = t2i_jax.load(place / "export")(prompts, seed=SEED, **options).astype(float)
-  keys = base.picture_keys(jnp.uint32(SEED), jnp.arange(2))
+  keys = picture_keys(jnp.uint32(SEED), jnp.arange(2))
   noise = np.asarray(start_noise(keys, (SIDE // 2, SIDE // 2, LATENTS[name])))
   theirs = drawn_by_diffusers(name, made, noise, monkeypatch)
   assert np.abs(ours - theirs).max() <= 2
@@ -195,7 +196,7 @@ def saved(path, held):
 
 def assert_same_export(found, expected):
   found, expected = export.read(found), export.read(expected)
-  numbers, wanted = export.flatten(found.variables), export.flatten(expected.variables)
+  numbers, wanted = trees.flatten(found.variables), trees.flatten(expected.variables)
   assert set(numbers) == set(wanted)
   for key, value in wanted.items():
     assert np.asarray(numbers[key]).tobytes() == np.asarray(value).tobytes(), key

@@ -15,7 +15,7 @@ from diffusers.pipelines.ddim import pipeline_ddim  # noqa: E402
 import t2i_jax  # noqa: E402
 from t2i_jax import convert, export  # noqa: E402
 from t2i_jax.diffusion.solvers import start_noise  # noqa: E402
-from t2i_jax.systems import base  # noqa: E402
+from t2i_jax.systems.randomness import picture_keys  # noqa: E402
 from t2i_jax.weights.stored import open_weights  # noqa: E402
 
 SIDE, STEPS, SEED = 16, 10, 1
@@ -63,7 +63,7 @@ def test_pictures_are_the_same(place, monkeypatch):
   assert (options["solver"], options["steps"], options["variance"]) == ("ddpm", 1000, "large")
   options |= {"solver": "ddim", "steps": STEPS, "variance": "small"}
   ours = t2i_jax.load(place / "export")(["", "what is asked for is nothing"], seed=SEED, **options)
-  keys = base.picture_keys(jnp.uint32(SEED), jnp.arange(2))
+  keys = picture_keys(jnp.uint32(SEED), jnp.arange(2))
   noise = np.asarray(start_noise(keys, (SIDE, SIDE, 3)))
   theirs = drawn_by_diffusers(place / "folder", noise, monkeypatch)
   assert np.abs(ours - theirs).max() <= 2

@@ -8,8 +8,9 @@ import pytest
 
 from t2i_jax.data import open_source
 from t2i_jax.errors import UserError
-from t2i_jax.systems import base
+from t2i_jax.systems.capabilities import Evaluated, TextEncoder
 from t2i_jax.systems.conditioning import TextConditioner
+from t2i_jax.systems.pictures import normalize_images
 from t2i_jax.systems.text.clip import CLIP, LARGEST_SCALE, TOWERS, matching
 from t2i_jax.text.tokenizer import train_tokenizer
 
@@ -41,7 +42,7 @@ def test_matching_is_the_symmetric_cross_entropy():
 
 
 def test_embeddings_are_unit_vectors_and_the_loss_is_of_their_cosines(variables, batch):
-  images = SYSTEM.embed_images(variables, base.normalize_images(batch["image"]))
+  images = SYSTEM.embed_images(variables, normalize_images(batch["image"]))
   text = SYSTEM.embed_text(variables, batch["text"]["text_encoder"])
   for vectors in (images, text):
     assert vectors.shape == (32, 8) and vectors.dtype == jnp.float32
@@ -63,7 +64,7 @@ def test_the_scale_is_at_most_a_hundred(variables, batch):
 
 
 def test_is_a_text_encoder_of_its_own_text(variables, batch):
-  assert isinstance(SYSTEM, base.TextEncoder) and isinstance(SYSTEM, base.Evaluated)
+  assert isinstance(SYSTEM, TextEncoder) and isinstance(SYSTEM, Evaluated)
   text = batch["text"]["text_encoder"]
   given = SYSTEM.encode(variables, text)
   assert given.sequence.shape == (32, 16, 16) and given.pooled.shape == (32, 8)

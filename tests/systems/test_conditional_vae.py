@@ -7,8 +7,11 @@ import optax
 import pytest
 
 from t2i_jax.errors import UserError
-from t2i_jax.systems import base
+from t2i_jax.systems import trees
+from t2i_jax.systems.capabilities import Evaluated, Sampler
 from t2i_jax.systems.conditioning import TextConditioner
+from t2i_jax.systems.pictures import normalize_images
+from t2i_jax.systems.randomness import picture_keys
 from t2i_jax.systems.vae.conditional_vae import ConditionalVAE, Options
 
 TEXT = TextConditioner(length=6, vocab_size=32, width=8, layers=1, heads=2)
@@ -62,7 +65,7 @@ def gradients_of(variables, batch):
 
 
 def test_is_a_sampler_with_a_held_out_loss(variables):
-  assert isinstance(SYSTEM, base.Sampler) and isinstance(SYSTEM, base.Evaluated)
+  assert isinstance(SYSTEM, Sampler) and isinstance(SYSTEM, Evaluated)
   (player,) = SYSTEM.players
   assert sorted(player.trains) == sorted(variables["params"])
 
@@ -114,7 +117,7 @@ def test_text_conditions_prior_posterior_and_decoder(variables):
   def parts(batch):
     given = SYSTEM.condition(variables, batch)
     posterior = SYSTEM.encoder.apply(
-      base.group(variables, "encoder"), base.normalize_images(batch["image"]), given.pooled
+      trees.group(variables, "encoder"), normalize_images(batch["image"]), given.pooled
     )
     decoded, _ = SYSTEM._decode(variables, jnp.ones((2, 4)), given)
     return SYSTEM._prior(variables, given).mean, posterior[0], decoded
@@ -125,7 +128,7 @@ def test_text_conditions_prior_posterior_and_decoder(variables):
 
 def test_samples_depend_on_text_and_key_but_not_on_the_batch(variables):
   batch = make_batch(4)
-  keys = base.picture_keys(0, jnp.arange(4))
+  keys = picture_keys(0, jnp.arange(4))
   images = sample(variables, batch, keys)
   assert images.shape == (4, 8, 8, 3) and np.abs(images).max() <= 1
   first = jax.tree.map(lambda x: x[:1], batch)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from t2i_jax.errors import UserError
-from t2i_jax.systems import base
+from t2i_jax.systems import base, trees
 from t2i_jax.systems.base import Conditioning, System
 from t2i_jax.systems.conditioning import GROUP, TextConditioner
 
@@ -247,7 +247,7 @@ def test_nulls_that_no_caption_has(kind):
   made = conditioner.init(jax.random.key(0), batch, variables)
   assert conditioner.groups == (("null_text",) if kind == "learned" else ())
   assert set(made.get("params", {})) == set(conditioner.groups)
-  variables = base.merge(variables, made)
+  variables = trees.merge(variables, made)
   carrying = conditioner.with_null(variables, batch)
   assert carrying.null.mask.all()  # attention has somewhere to look
   expected = np.zeros((12, 6), np.float32)
@@ -261,7 +261,7 @@ def test_nulls_that_no_caption_has(kind):
   assert np.all(nulled ^ equal_rows(given, carrying.replace(null=None)))
   if kind == "learned":  # and it learns
     gradient = jax.grad(lambda v: jnp.sum(
-      conditioner(base.merge(variables, v), batch, jax.random.key(0)).sequence ** 2
+      conditioner(trees.merge(variables, v), batch, jax.random.key(0)).sequence ** 2
     ))(made)
     assert np.abs(gradient["params"]["null_text"]["words"]["sequence"]).max() > 0
 

@@ -8,10 +8,12 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from t2i_jax.errors import UserError
-from t2i_jax.systems import base
+from t2i_jax.systems import trees
+from t2i_jax.systems.capabilities import Evaluated, Sampler, make_options
 from t2i_jax.systems.conditioning import TextConditioner
 from t2i_jax.systems.diffusion.ddpm import DDPM
 from t2i_jax.systems.diffusion.sampling import Options
+from t2i_jax.systems.randomness import fold_name, picture_keys
 from t2i_jax.text.tokenizer import null_text
 
 TEXT = TextConditioner(length=4, vocab_size=16, width=8, layers=1, heads=2, drop=0.2)
@@ -106,7 +108,7 @@ def test_groups_and_capabilities(fresh):
   (player,) = SYSTEM.players
   assert set(player.trains) == set(SYSTEM.ema_groups) == set(fresh["params"])
   assert SYSTEM.frozen_groups == ()
-  assert isinstance(SYSTEM, base.Sampler) and isinstance(SYSTEM, base.Evaluated)
+  assert isinstance(SYSTEM, Sampler) and isinstance(SYSTEM, Evaluated)
   assert set(SYSTEM.batch_spec()) == {
     "image", "text/text_encoder/ids", "text/text_encoder/mask"
   }
@@ -129,7 +131,7 @@ def test_loss_at_init_is_the_expected_one(fresh):
   error = losses.pop(("epsilon", "x0"))
   np.testing.assert_allclose(list(losses.values()), 1.0, atol=0.03)
   system = systems["epsilon", "x0"]
-  t = system.process.time(system.times(base.fold_name(KEY, "time"), 64))
+  t = system.process.time(system.times(fold_name(KEY, "time"), 64))
   ratio = jnp.mean((system.process.sigma(t) / system.process.alpha(t)) ** 2)
   assert error == pytest.approx(float(ratio), rel=0.1)
 
@@ -183,7 +185,7 @@ def test_bfloat16_measures_nearly_the_same_in_float32(moved):
 def test_a_picture_is_its_keys_alone(moved):
   # Alone on one device, or among others on eight.
   batch, options = make_batch(8), Options(steps=2)
-  keys = base.picture_keys(7, jnp.arange(8))
+  keys = picture_keys(7, jnp.arange(8))
   mesh = Mesh(np.array(jax.devices()), ("data",))
   rows, whole = (NamedSharding(mesh, PartitionSpec(axis)) for axis in ("data", None))
   placed = jax.device_put((CONDITION(moved, batch), keys), rows)
@@ -197,7 +199,7 @@ def test_a_picture_is_its_keys_alone(moved):
 
 
 def test_guidance_is_traced_and_what_shapes_the_program_is_not(moved):
-  given = moved, CONDITION(moved, make_batch(2)), base.picture_keys(0, jnp.arange(2))
+  given = moved, CONDITION(moved, make_batch(2)), picture_keys(0, jnp.arange(2))
   draw(*given, Options(steps=2))
   TRACES.clear()
   pictures = [draw(*given, Options(steps=2, guidance=scale)) for scale in (0.0, 1.0, 7.5)]
@@ -210,7 +212,7 @@ def test_guidance_is_traced_and_what_shapes_the_program_is_not(moved):
 
 
 def test_scale_one_is_the_captions_and_zero_is_nobodys(moved):
-  batch, keys = make_batch(2), base.picture_keys(0, jnp.arange(2))
+  batch, keys = make_batch(2), picture_keys(0, jnp.arange(2))
   right, wrong = (CONDITION(moved, b) for b in (batch, other_captions(batch)))
   run = lambda given, scale: draw(moved, given, keys, Options(steps=2, guidance=scale))  # noqa: E731
   without_null = right.replace(null=jax.tree.map(jnp.zeros_like, right.null))
@@ -223,7 +225,7 @@ def test_training_makes_pictures_obey_their_text(trained):
   ids = jnp.stack([BLACK, WHITE])
   conditioning = CONDITION(trained, {"text": {"text_encoder": {"ids": ids, "mask": ids != 0}}})
   # Of one key: only the text tells them apart.
-  pictures = draw(trained, conditioning, base.picture_keys(1, jnp.zeros(2, int)), Options(steps=2))
+  pictures = draw(trained, conditioning, picture_keys(1, jnp.zeros(2, int)), Options(steps=2))
   assert np.abs(pictures).max() <= 1.0
   assert pictures[0].mean() < -0.5 and pictures[1].mean() > 0.5
 
@@ -252,7 +254,7 @@ def test_a_draft_is_trained_by_its_own_error_and_read_by_the_denoiser():
   evaluate = jax.jit(system.evaluation_loss)
   before = evaluate(variables, batch, KEY)["loss"]
   changed = jax.tree.map(jnp.zeros_like, variables["params"]["draft"])
-  after = evaluate(base.with_params(variables, {"draft": changed}), batch, KEY)["loss"]
+  after = evaluate(trees.with_params(variables, {"draft": changed}), batch, KEY)["loss"]
   assert np.all(np.abs(after / before - 1) > 1e-6)
   given = jax.jit(system.condition)(variables, batch)
   assert given.extra["layout"].shape[:3] == given.null.extra["layout"].shape[:3] == (8, 2, 2)
@@ -262,7 +264,7 @@ def test_a_draft_is_trained_by_its_own_error_and_read_by_the_denoiser():
   other = next(i for i in range(1, 8) if (ids[i] != ids[0]).any())
   np.testing.assert_array_equal(null[0], null[other])
   assert np.abs(layout[0] - layout[other]).max() > 1e-3 < np.abs(layout[0] - null[0]).max()
-  keys = base.picture_keys(0, jnp.arange(8))
+  keys = picture_keys(0, jnp.arange(8))
   assert system.sample(variables, given, keys, Options(steps=1)).shape == (8, 8, 8, 3)
 
 
@@ -300,12 +302,12 @@ def test_the_bound_of_the_weighting_reaches_the_loss():
 
 
 def test_options_that_a_solver_does_not_read_are_checked_too(moved):
-  given = moved, CONDITION(moved, make_batch(2)), base.picture_keys(0, jnp.arange(2))
+  given = moved, CONDITION(moved, make_batch(2)), picture_keys(0, jnp.arange(2))
   with pytest.raises(UserError, match="ancestral variance 'larg'"):
     SYSTEM.sample(*given, Options(steps=1, solver="ddim", variance="larg"))
   for value in (1e39, float("nan"), float("-inf")):
     with pytest.raises(UserError, match="no number that a device can hold"):
-      base.make_options(SYSTEM, {"guidance": value})
+      make_options(SYSTEM, {"guidance": value})
 
 
 def test_sigma_data_and_density_spread_reach_the_mathematics():

@@ -14,9 +14,11 @@ from t2i_jax.diffusion.schedules import make_process
 from t2i_jax.errors import UserError
 from t2i_jax.systems import base
 from t2i_jax.systems.base import GUIDE, Conditioning
+from t2i_jax.systems.capabilities import make_options
 from t2i_jax.systems.conditioning import TextConditioner
 from t2i_jax.systems.diffusion.denoiser import Denoiser
 from t2i_jax.systems.diffusion.sampling import KNOWN, START
+from t2i_jax.systems.trees import NO_VARIABLES
 
 NO_TEXT = TextConditioner(encoder="none")
 MEAN, DEVIATION = 0.2, 0.3
@@ -63,7 +65,7 @@ class Observer(base.System):
   def batch_spec(self):
     return {}
 
-  def init(self, rng, batch, frozen=base.NO_VARIABLES):
+  def init(self, rng, batch, frozen=NO_VARIABLES):
     return {"params": {"seen": {"y": jnp.float32(0.0)}}}
 
   def read(self, variables, batch):
@@ -86,9 +88,9 @@ GUIDED = Gaussian(NO_TEXT, components={GUIDE: Observer()})
 KEYS = jax.random.split(jax.random.key(0), 3)
 
 
-def draw(system, conditioning=None, variables=base.NO_VARIABLES, **options):
+def draw(system, conditioning=None, variables=NO_VARIABLES, **options):
   given = Conditioning() if conditioning is None else conditioning
-  chosen = base.make_options(system, {"clip": False, "steps": 50, **options})
+  chosen = make_options(system, {"clip": False, "steps": 50, **options})
   return jax.jit(system.sample)(dict(variables), given, KEYS, chosen)
 
 

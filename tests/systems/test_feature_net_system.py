@@ -8,9 +8,11 @@ import pytest
 
 from t2i_jax.data import labels, open_source
 from t2i_jax.errors import UserError
-from t2i_jax.systems import base
+from t2i_jax.systems import trees
+from t2i_jax.systems.capabilities import Evaluated, FirstStage, Perceptual, Sampler
 from t2i_jax.systems.conditioning import TextConditioner
 from t2i_jax.systems.perceptual.feature_net import FeatureNet
+from t2i_jax.systems.pictures import normalize_images
 
 SYSTEM = FeatureNet(
   TextConditioner(), 16, (("colour", 9), ("size", 2)), channels=(4, 8), groups=2, width=6
@@ -41,15 +43,15 @@ def images(seed):
 
 
 def test_is_a_perceptual_network_with_a_held_out_loss():
-  assert isinstance(SYSTEM, base.Perceptual) and isinstance(SYSTEM, base.Evaluated)
-  assert not isinstance(SYSTEM, base.Sampler) and not isinstance(SYSTEM, base.FirstStage)
+  assert isinstance(SYSTEM, Perceptual) and isinstance(SYSTEM, Evaluated)
+  assert not isinstance(SYSTEM, Sampler) and not isinstance(SYSTEM, FirstStage)
   assert SYSTEM.name == "feature_net"
 
 
 def test_loss_is_the_sum_of_cross_entropies(variables):
   batch = make_batch(4)
-  own = base.group(variables, "network")
-  logits = SYSTEM.network.apply(own, base.normalize_images(batch["image"])).logits
+  own = trees.group(variables, "network")
+  logits = SYSTEM.network.apply(own, normalize_images(batch["image"])).logits
   costs = [
     -np.asarray(jax.nn.log_softmax(row))[np.arange(4), batch["label"][:, i]]
     for i, row in enumerate(logits)

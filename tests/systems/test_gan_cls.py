@@ -7,9 +7,12 @@ import optax
 import pytest
 
 from t2i_jax.errors import UserError
-from t2i_jax.systems import base
+from t2i_jax.systems import trees
+from t2i_jax.systems.capabilities import Evaluated, Sampler
 from t2i_jax.systems.conditioning import TextConditioner
 from t2i_jax.systems.gan.gan_cls import GANCLS, Options
+from t2i_jax.systems.pictures import normalize_images
+from t2i_jax.systems.randomness import picture_keys
 
 SYSTEM = GANCLS(
   TextConditioner(encoder="lstm", length=6, vocab_size=32, width=8),
@@ -66,7 +69,7 @@ def test_players_and_groups(variables):
   assert (discriminator.name, generator.name) == ("discriminator", "generator")
   assert sorted(discriminator.trains + generator.trains) == sorted(variables["params"])
   assert SYSTEM.ema_groups == ("text_encoder", "generator")
-  assert isinstance(SYSTEM, base.Sampler) and isinstance(SYSTEM, base.Evaluated)
+  assert isinstance(SYSTEM, Sampler) and isinstance(SYSTEM, Evaluated)
 
 
 def test_each_player_has_gradients_and_statistics_of_its_own(variables):
@@ -149,8 +152,8 @@ def test_lazy_penalty_comes_at_its_steps_and_is_of_each_picture(variables):
   loss = jax.jit(system.discriminator_loss)
   penalties = [float(loss(variables, batch, KEY, jnp.int32(s))[1].metrics["r1"]) for s in range(5)]
   assert penalties[1:4] == [0.0, 0.0, 0.0] and penalties[0] == penalties[4] > 0
-  own = base.group(variables, "discriminator")
-  sentence, image = SYSTEM._sentence(variables, batch), base.normalize_images(batch["image"])
+  own = trees.group(variables, "discriminator")
+  sentence, image = SYSTEM._sentence(variables, batch), normalize_images(batch["image"])
 
   def score(x, text):
     return SYSTEM.discriminator.apply(own, x[None], text[None], train=False)[0]
@@ -166,7 +169,7 @@ def test_simultaneous_play_has_the_losses_and_gradients_of_both(variables):
 
   @jax.jit
   def joint(params):
-    losses = lambda p: system.joint_losses(base.with_params(variables, p), batch, KEY, STEP)  # noqa: E731
+    losses = lambda p: system.joint_losses(trees.with_params(variables, p), batch, KEY, STEP)  # noqa: E731
     losses, pull_back, aux = jax.vjp(losses, params, has_aux=True)
     one = {name: {k: jnp.float32(k == name) for k in losses} for name in losses}
     return losses, {name: pull_back(one[name])[0] for name in losses}, aux
@@ -187,7 +190,7 @@ def test_simultaneous_play_has_the_losses_and_gradients_of_both(variables):
 
 def test_samples_depend_on_text_and_key_but_not_on_the_batch(variables):
   batch = make_batch(4)
-  keys = base.picture_keys(0, jnp.arange(4))
+  keys = picture_keys(0, jnp.arange(4))
 
   @jax.jit
   def sample(batch, keys, temperature=1.0):
@@ -240,8 +243,8 @@ def test_the_generators_forward_pass_is_merged_between_the_players():
     trained = jax.tree.map(
       lambda p, g: p - 0.1 * g, variables["params"]["discriminator"], gradients["discriminator"]
     )
-    variables = base.with_params(variables, {"discriminator": trained})
-    return trained, second(base.merge(variables, aux.collections))
+    variables = trees.with_params(variables, {"discriminator": trained})
+    return trained, second(trees.merge(variables, aux.collections))
 
   def flops(f):
     return jax.jit(f).lower(shapes).compile().cost_analysis()["flops"]

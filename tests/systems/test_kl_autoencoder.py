@@ -7,9 +7,12 @@ import optax
 import pytest
 
 from t2i_jax.errors import UserError
-from t2i_jax.systems import base
+from t2i_jax.systems import trees
+from t2i_jax.systems.capabilities import Evaluated, FirstStage, Sampler, TextEncoder
 from t2i_jax.systems.conditioning import TextConditioner
 from t2i_jax.systems.perceptual.feature_net import FeatureNet
+from t2i_jax.systems.pictures import normalize_images
+from t2i_jax.systems.randomness import fold_name
 from t2i_jax.systems.vae.kl_autoencoder import KLAutoencoder
 from t2i_jax.training import state as states
 from t2i_jax.training.step import StepOptions, make_step
@@ -59,7 +62,7 @@ def variables(compiled_programs):
   network = jax.eval_shape(
     NETWORK.init, jax.random.key(0), {**batch, "label": np.zeros((2, 1), np.int32)}
   )
-  return base.merge(filled(own), {"params": {"perceptual": filled(network)["params"]}})
+  return trees.merge(filled(own), {"params": {"perceptual": filled(network)["params"]}})
 
 
 @pytest.fixture(scope="module")
@@ -74,23 +77,23 @@ def gradients_of():
 def reconstructed(variables, image):
   """Pictures from drawn latents, and the moments, as the loss has them."""
   mean, log_variance = jnp.split(SYSTEM.encode(variables, image), 2, axis=-1)
-  noise = jax.random.normal(base.fold_name(KEY, "latent"), mean.shape)
+  noise = jax.random.normal(fold_name(KEY, "latent"), mean.shape)
   latents = mean + jnp.exp(0.5 * log_variance) * noise
   return SYSTEM.decode(variables, latents), mean, log_variance
 
 
 @jax.jit
 def judge(variables, image):
-  own = base.group(variables, "discriminator")
+  own = trees.group(variables, "discriminator")
   return SYSTEM.discriminator.apply(own, image, True, mutable=["batch_stats"])[0]
 
 
 def losses(params, variables, batch):
   """Each of the autoencoder's losses, written out."""
-  variables = base.with_params(variables, params)
-  image = base.normalize_images(batch["image"])
+  variables = trees.with_params(variables, params)
+  image = normalize_images(batch["image"])
   picture, mean, log_variance = reconstructed(variables, image)
-  distance = NETWORK.distance(base.group(variables, "perceptual"), image, picture)
+  distance = NETWORK.distance(trees.group(variables, "perceptual"), image, picture)
   a_value = jnp.abs(image - picture) + distance[:, None, None, None]
   scale = variables["params"]["likelihood"]["log_variance"]
   likelihood = jnp.sum(a_value / jnp.exp(scale) + scale) / len(image)
@@ -99,8 +102,8 @@ def losses(params, variables, batch):
 
 
 def test_is_a_first_stage_with_a_held_out_loss():
-  assert isinstance(SYSTEM, base.FirstStage) and isinstance(SYSTEM, base.Evaluated)
-  assert not isinstance(SYSTEM, base.Sampler) and not isinstance(SYSTEM, base.TextEncoder)
+  assert isinstance(SYSTEM, FirstStage) and isinstance(SYSTEM, Evaluated)
+  assert not isinstance(SYSTEM, Sampler) and not isinstance(SYSTEM, TextEncoder)
   assert [player.name for player in SYSTEM.players] == ["discriminator", "autoencoder"]
   assert SYSTEM.players[0].start == 3 and SYSTEM.frozen_groups == ("perceptual",)
   assert [player.name for player in PLAIN.players] == ["autoencoder"]
@@ -110,8 +113,8 @@ def test_is_a_first_stage_with_a_held_out_loss():
 def test_encode_gives_moments_within_bounds_and_decode_pictures(variables):
   large = jax.tree.map(lambda x: 100.0 * x, variables["params"]["encoder"]["conv_out"])
   encoder = {**variables["params"]["encoder"], "conv_out": large}
-  image = base.normalize_images(make_batch(2)["image"])
-  moments = ENCODE(base.with_params(variables, {"encoder": encoder}), image)
+  image = normalize_images(make_batch(2)["image"])
+  moments = ENCODE(trees.with_params(variables, {"encoder": encoder}), image)
   assert moments.shape == (2, 8, 8, 4)
   assert np.min(moments[..., 2:]) == -30 and np.max(moments[..., 2:]) == 20
   assert np.abs(moments[..., :2]).max() > 30
@@ -169,8 +172,8 @@ def test_a_plain_autoencoder_has_the_gradient_of_its_loss(variables):
   gradients, aux = jax.jit(player.gradients)(variables, batch, KEY, LATE)
 
   def loss(params):
-    image = base.normalize_images(batch["image"])
-    picture, mean, log_variance = reconstructed(base.with_params(variables, params), image)
+    image = normalize_images(batch["image"])
+    picture, mean, log_variance = reconstructed(trees.with_params(variables, params), image)
     kl = 0.5 * jnp.sum(mean**2 + jnp.exp(log_variance) - 1 - log_variance)
     return (jnp.sum((picture - image) ** 2) + 0.01 * kl) / 2
 
@@ -189,7 +192,7 @@ def test_discriminator_sees_detached_reconstructions_by_batch_statistics(variabl
   batch = make_batch(4)
   gradients, aux = gradients_of["discriminator"](variables, batch, KEY, LATE)
   assert set(gradients) == {"discriminator"} and optax.tree.norm(gradients["discriminator"]) > 0
-  image = base.normalize_images(batch["image"])
+  image = normalize_images(batch["image"])
   picture, *_ = reconstructed(variables, image)
   logits = [judge(variables, x) for x in (image, picture)]
   expected = 0.5 * (np.maximum(1 - logits[0], 0).mean() + np.maximum(1 + logits[1], 0).mean())
@@ -210,9 +213,9 @@ def flops(f, *args):
 def test_both_players_make_one_reconstruction(variables):
   """The step's promise, although the discriminator begins later."""
   batch = make_batch(4)
-  image = base.normalize_images(batch["image"])
+  image = normalize_images(batch["image"])
   optimizers = {player.name: optax.sgd(0.1) for player in SYSTEM.players}
-  frozen, _ = base.split(variables, SYSTEM.frozen_groups)
+  frozen, _ = trees.split(variables, SYSTEM.frozen_groups)
   state = jax.eval_shape(lambda: states.create(SYSTEM, optimizers, 0, batch, frozen, False))
   step = flops(make_step(SYSTEM, optimizers, StepOptions(ema_decay=0.0)), state, batch)
   alone = sum(
@@ -231,7 +234,7 @@ def test_held_out_scores_are_of_the_mean_latents(variables):
   assert set(found) == {"error", "psnr", "kl", "feature_net"}
   assert all(value.shape == (3,) for value in found.values())
   jax.tree.map(np.testing.assert_array_equal, found, other)
-  image = base.normalize_images(batch["image"])
+  image = normalize_images(batch["image"])
   mean = ENCODE(variables, image)[..., :2]
   picture = np.clip(DECODE(variables, mean), -1, 1)
   np.testing.assert_allclose(found["error"], np.abs(picture - image).mean((1, 2, 3)), rtol=1e-4)
@@ -242,7 +245,7 @@ def test_held_out_scores_are_of_the_mean_latents(variables):
   decoder = jax.tree.map(jnp.zeros_like, variables["params"]["decoder"])
   decoder["conv_out"]["bias"] = decoder["conv_out"]["bias"] - 1.0
   perfect = SCORES(
-    base.with_params(variables, {"decoder": decoder}), black, KEY
+    trees.with_params(variables, {"decoder": decoder}), black, KEY
   )
   np.testing.assert_allclose(perfect["psnr"], 10 * np.log10(4e10), rtol=1e-4)
 
@@ -257,7 +260,7 @@ def test_learns(variables):
   params = {name: variables["params"][name] for name in ("encoder", "decoder")}
   state, errors = optimizer.init(params), []
   for _ in range(40):
-    gradients, aux = update(base.with_params(variables, params), batch, KEY, EARLY)
+    gradients, aux = update(trees.with_params(variables, params), batch, KEY, EARLY)
     updates, state = optimizer.update(gradients, state)
     params = optax.apply_updates(params, updates)
     errors.append(float(aux.metrics["error"]))

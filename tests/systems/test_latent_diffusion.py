@@ -10,12 +10,14 @@ from two_stage import Shrinker
 
 from t2i_jax.errors import UserError
 from t2i_jax.networks.layers.embeddings import timestep_embedding
-from t2i_jax.systems import base
+from t2i_jax.systems import base, trees
 from t2i_jax.systems.base import Conditioning
+from t2i_jax.systems.capabilities import make_options
 from t2i_jax.systems.conditioning import TextConditioner
 from t2i_jax.systems.diffusion.latent import LATENTS
 from t2i_jax.systems.diffusion.ldm import LDM
 from t2i_jax.systems.diffusion.stable_diffusion import SDXL, SDXLOptions, StableDiffusion
+from t2i_jax.systems.pictures import normalize_images
 
 TEXT = TextConditioner(length=4, vocab_size=16, width=8, layers=1, heads=2)
 STAGE = Shrinker(TEXT, resolution=16)
@@ -35,12 +37,12 @@ def a_batch():
 
 def with_scale(scale, shift):
   measured = {"scale": jnp.float32(scale), "shift": jnp.float32(shift)}
-  return base.merge(FROZEN, {LATENTS: {"denoiser": measured}})
+  return trees.merge(FROZEN, {LATENTS: {"denoiser": measured}})
 
 
 def test_latents_are_scaled_to_mean_0_and_deviation_1():
   variables = jax.jit(SYSTEM.init)(jax.random.key(0), a_batch(), FROZEN)
-  latents = SYSTEM.clean(base.merge(variables, FROZEN), a_batch(), jax.random.key(1))
+  latents = SYSTEM.clean(trees.merge(variables, FROZEN), a_batch(), jax.random.key(1))
   assert latents.shape == (4, 4, 4, 3)
   np.testing.assert_allclose([latents.mean(), latents.std()], [0.0, 1.0], atol=1e-5)
 
@@ -70,8 +72,8 @@ def test_finishing_inverts_what_encoding_did():
 
 
 def test_stored_moments_are_taken_as_the_encoder_s():
-  moments = STAGE.encode(FROZEN["params"] and base.group(FROZEN, "first_stage"),
-                         base.normalize_images(a_batch()["image"]))
+  moments = STAGE.encode(FROZEN["params"] and trees.group(FROZEN, "first_stage"),
+                         normalize_images(a_batch()["image"]))
   stored = {**a_batch(), "latent": moments}
   del stored["image"]
   key, variables = jax.random.key(3), with_scale(1.0, 0.0)
@@ -151,5 +153,5 @@ def test_heads_are_what_levels_divide_by():
 @pytest.mark.parametrize("kind, guidance", [(LDM, 2.0), (StableDiffusion, 7.5), (SDXL, 5.0)])
 def test_latents_are_not_clipped_unless_asked(kind, guidance):
   # What a public model is drawn with where its files say nothing.
-  options = base.make_options(kind, {})
+  options = make_options(kind, {})
   assert options.guidance == guidance and not options.clip

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 
 from t2i_jax.errors import UserError
-from t2i_jax.systems import base
+from t2i_jax.systems import trees
 from t2i_jax.systems.adapters.lora import LoRA
+from t2i_jax.systems.capabilities import Evaluated, FirstStage, Sampler, TextEncoder, make_options
 from t2i_jax.systems.conditioning import TextConditioner
 from t2i_jax.systems.diffusion.ddpm import DDPM
 from t2i_jax.systems.gan.gan_cls import GANCLS
+from t2i_jax.systems.randomness import picture_keys
 
 KEY, STEP = jax.random.key(3), jnp.int32(0)
 BASE = DDPM(
@@ -52,7 +54,7 @@ def variables_of(lora, frozen, seed=2):
   """Of a system that was trained: no adapter is zero."""
   own = jax.eval_shape(lora.init, KEY, make_batch(), frozen)
   alphas = jax.tree.map(lambda x: jnp.float32(lora.alpha), own["alphas"])
-  return base.merge(frozen, {"params": noised(own["params"], seed), "alphas": alphas})
+  return trees.merge(frozen, {"params": noised(own["params"], seed), "alphas": alphas})
 
 
 def without_dropout(**changes):
@@ -62,11 +64,11 @@ def without_dropout(**changes):
 
 def test_is_what_its_base_is():
   lora = system()
-  assert isinstance(lora, base.Sampler) and isinstance(lora, base.Evaluated)
-  assert not isinstance(lora, base.FirstStage) and not isinstance(lora, base.TextEncoder)
+  assert isinstance(lora, Sampler) and isinstance(lora, Evaluated)
+  assert not isinstance(lora, FirstStage) and not isinstance(lora, TextEncoder)
   assert lora.batch_spec() == BASE.batch_spec() and lora.text is BASE.text
   assert lora.Options is BASE.Options and lora.resolution == 8
-  assert base.make_options(lora, {"steps": 3}).steps == 3
+  assert make_options(lora, {"steps": 3}).steps == 3
   with pytest.raises(AttributeError):
     lora.encode  # noqa: B018
   again = dataclasses.replace(lora, rank=3)
@@ -92,9 +94,9 @@ def test_only_the_adapters_are_trained(frozen):
 
 def test_a_fresh_system_computes_what_its_base_does(frozen):
   lora = system(groups=("denoiser", "text_encoder"), targets=("",))
-  variables = base.merge(frozen, lora.init(KEY, make_batch(), frozen))
+  variables = trees.merge(frozen, lora.init(KEY, make_batch(), frozen))
   found, _ = jax.jit(lora.loss)(variables, make_batch(), KEY, STEP)
-  wanted, _ = jax.jit(BASE.loss)(base.group(frozen, "base"), make_batch(), KEY, STEP)
+  wanted, _ = jax.jit(BASE.loss)(trees.group(frozen, "base"), make_batch(), KEY, STEP)
   np.testing.assert_allclose(found, wanted, rtol=1e-6)
 
 
@@ -104,22 +106,22 @@ def test_loss_and_pictures_are_the_merged_base_s(frozen):
   merged = lora.merged(variables)
   loss = jax.jit(lora.loss)(variables, batch, KEY, STEP)[0]
   np.testing.assert_allclose(loss, jax.jit(BASE.loss)(merged, batch, KEY, STEP)[0], rtol=1e-4)
-  plain = jax.jit(BASE.loss)(base.group(frozen, "base"), batch, KEY, STEP)[0]
+  plain = jax.jit(BASE.loss)(trees.group(frozen, "base"), batch, KEY, STEP)[0]
   assert abs(loss - plain) > 1e-3 * plain
   held_out = jax.jit(lora.evaluation_loss)(variables, batch, KEY)["loss"]
   np.testing.assert_allclose(
     held_out, jax.jit(BASE.evaluation_loss)(merged, batch, KEY)["loss"], rtol=1e-3
   )
-  chosen = base.make_options(lora, {"steps": 2})
+  chosen = make_options(lora, {"steps": 2})
 
   def drawn(system, variables):
     given = jax.jit(system.condition)(variables, {"text": batch["text"]})
-    keys = base.picture_keys(0, jnp.arange(4))
+    keys = picture_keys(0, jnp.arange(4))
     return np.asarray(jax.jit(system.sample)(variables, given, keys, chosen))
 
   pictures = drawn(lora, variables)
   np.testing.assert_allclose(pictures, drawn(BASE, merged), atol=2e-3)
-  assert np.abs(pictures - drawn(BASE, base.group(frozen, "base"))).max() > 0.01
+  assert np.abs(pictures - drawn(BASE, trees.group(frozen, "base"))).max() > 0.01
 
 
 def test_merging_is_undone_by_its_opposite(frozen):
@@ -128,7 +130,7 @@ def test_merging_is_undone_by_its_opposite(frozen):
   merged = {"params": {**variables["params"], "base": lora.merged(variables)["params"]}}
   back = lora.merged({**variables, **merged}, -1.0)
   for a, b in zip(
-    jax.tree.leaves(back), jax.tree.leaves(base.group(frozen, "base")), strict=True
+    jax.tree.leaves(back), jax.tree.leaves(trees.group(frozen, "base")), strict=True
   ):
     np.testing.assert_allclose(a, b, atol=1e-5)
 

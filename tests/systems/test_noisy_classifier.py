@@ -9,10 +9,13 @@ import pytest
 from t2i_jax.data import labels, open_source
 from t2i_jax.diffusion.timesteps import stratified
 from t2i_jax.errors import UserError
-from t2i_jax.systems import base
+from t2i_jax.systems import trees
 from t2i_jax.systems.base import Conditioning
+from t2i_jax.systems.capabilities import Evaluated, Guide, Sampler
 from t2i_jax.systems.conditioning import TextConditioner
 from t2i_jax.systems.guides.noisy_classifier import NoisyClassifier
+from t2i_jax.systems.pictures import normalize_images
+from t2i_jax.systems.randomness import fold_name
 
 SYSTEM = NoisyClassifier(
   TextConditioner(), 8, (("colour", 3), ("size", 2)), "cosine", 50, channels=8, multipliers=(1,),
@@ -51,13 +54,13 @@ TIMES = jnp.array([0, 10, 30, 49])
 
 
 def test_is_a_guide_with_a_held_out_loss_that_reads_labels():
-  assert isinstance(SYSTEM, base.Guide) and isinstance(SYSTEM, base.Evaluated)
-  assert not isinstance(SYSTEM, base.Sampler)
+  assert isinstance(SYSTEM, Guide) and isinstance(SYSTEM, Evaluated)
+  assert not isinstance(SYSTEM, Sampler)
   assert SYSTEM.labels == SYSTEM.classes and set(SYSTEM.batch_spec()) == {"image", "label"}
 
 
 def test_log_prob_is_the_sum_of_the_attributes(variables):
-  logits = SYSTEM.network.apply(base.group(variables, "classifier"), NOISED, TIMES)
+  logits = SYSTEM.network.apply(trees.group(variables, "classifier"), NOISED, TIMES)
   colour, size = jax.nn.log_softmax(logits[:, :3]), jax.nn.log_softmax(logits[:, 3:])
   rows = np.arange(4)
   expected = colour[rows, LABELS[:, 0]] + size[rows, LABELS[:, 1]]
@@ -90,10 +93,10 @@ def test_each_picture_has_its_own_finite_gradient(variables):
 
 
 def test_the_loss_is_of_noised_pictures_at_the_process_s_times(variables, batch):
-  u = stratified(base.fold_name(KEY, "time"), 4)
+  u = stratified(fold_name(KEY, "time"), 4)
   t = SYSTEM.process.time(u)
-  noise = jax.random.normal(base.fold_name(KEY, "noise"), (4, 8, 8, 3))
-  x_t = SYSTEM.process.corrupt(base.normalize_images(batch["image"]), noise, t)
+  noise = jax.random.normal(fold_name(KEY, "noise"), (4, 8, 8, 3))
+  x_t = SYSTEM.process.corrupt(normalize_images(batch["image"]), noise, t)
   loss, aux = jax.jit(SYSTEM.loss)(variables, batch, KEY, STEP)
   expected = -log_prob(variables, x_t, t, batch["label"])
   np.testing.assert_allclose(loss, expected.mean(), rtol=1e-5)

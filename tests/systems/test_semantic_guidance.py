@@ -8,8 +8,9 @@ import pytest
 
 from t2i_jax.data import open_source
 from t2i_jax.errors import UserError
-from t2i_jax.systems import base
+from t2i_jax.systems import trees
 from t2i_jax.systems.base import Conditioning
+from t2i_jax.systems.capabilities import Evaluated, Guide
 from t2i_jax.systems.conditioning import TextConditioner
 from t2i_jax.systems.guides.semantic_guidance import (
   ENCODER,
@@ -53,7 +54,7 @@ def frozen():
 
 @pytest.fixture(scope="module")
 def variables(frozen):
-  return base.merge(jax.jit(SYSTEM.init)(KEY, batch_of(8, 4), frozen), frozen)
+  return trees.merge(jax.jit(SYSTEM.init)(KEY, batch_of(8, 4), frozen), frozen)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def moved(variables):
   own = jax.tree.map(
     lambda x: x + 0.2 * random.normal(size=x.shape).astype("f4"), variables["params"][ENCODER]
   )
-  return base.with_params(variables, {ENCODER: own})
+  return trees.with_params(variables, {ENCODER: own})
 
 
 def weights(text=0.0, semantic=0.0, style=0.0, content=0.0):
@@ -89,7 +90,7 @@ def test_begins_as_clip_itself(variables, frozen):
 
 
 def test_capabilities(variables):
-  assert isinstance(SYSTEM, base.Guide) and isinstance(SYSTEM, base.Evaluated)
+  assert isinstance(SYSTEM, Guide) and isinstance(SYSTEM, Evaluated)
   assert SYSTEM.labels == () and SYSTEM.reads_text and SYSTEM.frozen_groups == ("clip",)
   (player,) = SYSTEM.players
   assert player.trains == SYSTEM.ema_groups == (ENCODER,)
@@ -188,7 +189,7 @@ def test_learns_to_see_through_noise(variables):
   @jax.jit
   def step(trained, state, i):
     rng = jax.random.fold_in(KEY, i)
-    both = base.with_params(variables, trained)
+    both = trees.with_params(variables, trained)
     gradients, aux = SYSTEM.players[0].gradients(both, batch, rng, i)
     updates, state = optimizer.update(gradients, state)
     return optax.apply_updates(trained, updates), state, aux.metrics

@@ -12,12 +12,13 @@ from t2i_jax import recipe
 from t2i_jax.errors import UserError
 from t2i_jax.parallel import mesh as mesh_lib
 from t2i_jax.parallel import sharding
-from t2i_jax.systems import base
 from t2i_jax.systems.base import Conditioning, Field
+from t2i_jax.systems.capabilities import make_options
 from t2i_jax.systems.conditioning import TextConditioner
 from t2i_jax.systems.diffusion.dit import DiT
 from t2i_jax.systems.diffusion.sd3 import SD3
 from t2i_jax.systems.diffusion.u_vit import UViT
+from t2i_jax.systems.randomness import picture_keys
 
 TEXT = TextConditioner(length=4, vocab_size=16, width=8, layers=1, heads=2)
 STAGE = Shrinker(TEXT, resolution=16)
@@ -49,7 +50,7 @@ def filled(tree, seed=1):
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_every_system_trains_and_draws(name):
   """By tracing alone: what a program of each would be."""
-  system, batch, keys = SYSTEMS[name], a_batch(), base.picture_keys(0, jnp.arange(4))
+  system, batch, keys = SYSTEMS[name], a_batch(), picture_keys(0, jnp.arange(4))
   variables = jax.eval_shape(system.init, jax.random.key(0), batch)
   (player,) = system.players
   assert set(player.trains) == set(variables["params"])
@@ -58,7 +59,7 @@ def test_every_system_trains_and_draws(name):
   )
   assert jax.tree.structure(gradients) == jax.tree.structure(variables["params"])
   assert aux.metrics["loss"].shape == ()
-  options = base.make_options(system, {"solver": "ddim", "steps": 2})
+  options = make_options(system, {"solver": "ddim", "steps": 2})
 
   def draw(variables):
     given = system.condition(variables, batch)
@@ -73,8 +74,8 @@ def test_every_system_trains_and_draws(name):
 def test_a_drawing_is_of_its_own_text():
   system, batch = SYSTEMS["dit"], a_batch()
   variables = filled(jax.eval_shape(system.init, jax.random.key(0), batch))
-  options = base.make_options(system, {"solver": "ddim", "steps": 2, "guidance": 1.5, "clip": True})
-  keys = base.picture_keys(0, jnp.arange(4))
+  options = make_options(system, {"solver": "ddim", "steps": 2, "guidance": 1.5, "clip": True})
+  keys = picture_keys(0, jnp.arange(4))
 
   @jax.jit
   def draw(batch):

@@ -12,6 +12,7 @@ import pytest
 from t2i_jax.errors import UserError
 from t2i_jax.systems import base
 from t2i_jax.systems.base import Aux, Player
+from t2i_jax.systems.trees import NO_VARIABLES
 from t2i_jax.training import state as states
 from t2i_jax.training.compiled import CompiledStep
 from t2i_jax.training.step import StepOptions, check_accumulation, check_division, make_step
@@ -40,7 +41,7 @@ class Fake(base.System):
   def simultaneous(self):
     return self.joint is not None
 
-  def init(self, rng, batch, frozen=base.NO_VARIABLES):
+  def init(self, rng, batch, frozen=NO_VARIABLES):
     return jax.tree.map(jnp.asarray, self.variables)
 
   def batch_spec(self):

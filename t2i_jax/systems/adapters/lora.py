@@ -17,9 +17,13 @@ from flax import struct
 
 from t2i_jax.errors import UserError, unknown
 from t2i_jax.networks.layers import lora
-from t2i_jax.systems import base
-from t2i_jax.systems.base import Array, Aux, Batch, Field, Player, Variables
+from t2i_jax.systems import base, trees
+from t2i_jax.systems.base import Array, Aux, Batch, Field, Player
+from t2i_jax.systems.capabilities import ManyShapes
+from t2i_jax.systems.checks import check_positive
 from t2i_jax.systems.conditioning import TextConditioner
+from t2i_jax.systems.randomness import fold_name
+from t2i_jax.systems.trees import NO_VARIABLES, Variables
 
 BASE, ADAPTERS, ALPHAS = "base", "adapters", "alphas"
 NAMED = 3  # layers that an error quotes
@@ -68,7 +72,7 @@ class LoRA(base.System):
   frozen_groups = (BASE,)
 
   def __post_init__(self):
-    base.check_positive("model", self, "rank")
+    check_positive("model", self, "rank")
     if not 0.0 <= self.dropout < 1.0:
       raise UserError(f"model.dropout={self.dropout} is out of range; use 0 to below 1")
     if set(self.components) != {BASE}:
@@ -80,7 +84,7 @@ class LoRA(base.System):
       raise UserError("the text of a lora run is that of components.base, its encoders included; "
                       "leave text.encoder and text.cache as they are")
     taken = {"text": self.adaptee.text, "Options": self.adaptee.Options}
-    if isinstance(self.adaptee, base.ManyShapes):
+    if isinstance(self.adaptee, ManyShapes):
       taken["shape_of"] = self.adaptee.shape_of
     for name, method in inspect.getmembers(type(self.adaptee), inspect.isfunction):
       known = name.startswith("_") or hasattr(type(self), name)
@@ -152,10 +156,10 @@ class LoRA(base.System):
     return dict.fromkeys(found, self.rank)
 
   def init(
-    self, rng: Array, batch: Batch, frozen: Variables = base.NO_VARIABLES
+    self, rng: Array, batch: Batch, frozen: Variables = NO_VARIABLES
   ) -> dict[str, dict[str, Any]]:
     params = frozen["params"][BASE]
-    adapters = lora.init(base.fold_name(rng, ADAPTERS), params, self.ranks(params))
+    adapters = lora.init(fold_name(rng, ADAPTERS), params, self.ranks(params))
     alphas = jax.tree.map(
       lambda layer: {"alpha": jnp.float32(self.alpha)}, adapters, is_leaf=lambda x: "down" in x
     )
@@ -164,11 +168,11 @@ class LoRA(base.System):
   def adapted(self, variables: Variables) -> dict[str, dict[str, Any]]:
     """The base's variables, the adapters in their networks' reach."""
     added = lora.scaled(variables["params"][ADAPTERS], variables[ALPHAS][ADAPTERS])
-    return base.merge(base.group(variables, BASE), {lora.LORA: added})
+    return trees.merge(trees.group(variables, BASE), {lora.LORA: added})
 
   def merged(self, variables: Variables, factor: float = 1.0) -> dict[str, dict[str, Any]]:
     """The base's variables, the adapters' products times `factor` added to its kernels."""
-    own = base.group(variables, BASE)
+    own = trees.group(variables, BASE)
     added = lora.scaled(variables["params"][ADAPTERS], variables[ALPHAS][ADAPTERS])
     return {**own, "params": lora.merge(own["params"], added, factor)}
 
@@ -176,7 +180,7 @@ class LoRA(base.System):
     """The base's loss; what the base would change of its collections it does not."""
     (player,) = self.adaptee.players
     used: set[str] = set()
-    with lora.adapters_on(self.dropout, base.fold_name(rng, "adapter_dropout"), used):
+    with lora.adapters_on(self.dropout, fold_name(rng, "adapter_dropout"), used):
       loss, aux = player.loss(self.adapted(variables), batch, rng, step)
     self._check_used(variables["params"][ADAPTERS], used)
     return loss, Aux(aux.metrics)

@@ -14,12 +14,13 @@ from typing import Any
 import jax.numpy as jnp
 
 from t2i_jax.networks.unet import UNet
-from t2i_jax.systems import base
-from t2i_jax.systems.base import Array, Batch, Conditioning, Variables
+from t2i_jax.systems import trees
+from t2i_jax.systems.base import Array, Batch, Conditioning
 from t2i_jax.systems.diffusion import labels
 from t2i_jax.systems.diffusion.ddpm import DDPM
 from t2i_jax.systems.diffusion.denoiser import DENOISER
 from t2i_jax.systems.diffusion.unet_options import make_unet
+from t2i_jax.systems.trees import Variables
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -45,7 +46,7 @@ class ADM(labels.Labelled, DDPM):
   def output(
     self, variables: Variables, x: Array, t: Array, given: Conditioning, **kwargs: Any
   ) -> Array:
-    own = base.group(variables, DENOISER)
+    own = trees.group(variables, DENOISER)
     return self.network.apply(own, x, t, **_arguments(given), **kwargs)
 
   def reading(

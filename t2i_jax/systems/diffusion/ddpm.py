@@ -15,10 +15,14 @@ import jax.numpy as jnp
 from t2i_jax.errors import UserError
 from t2i_jax.networks.draft import Draft, shrunk
 from t2i_jax.networks.unet import UNet
-from t2i_jax.systems import base
-from t2i_jax.systems.base import Array, Aux, Batch, Conditioning, Variables
+from t2i_jax.systems import trees
+from t2i_jax.systems.base import Array, Aux, Batch, Conditioning
+from t2i_jax.systems.checks import check_positive
 from t2i_jax.systems.diffusion.denoiser import DENOISER, Denoiser
 from t2i_jax.systems.diffusion.unet_options import check_network, make_unet
+from t2i_jax.systems.pictures import normalize_images
+from t2i_jax.systems.randomness import fold_name
+from t2i_jax.systems.trees import NO_VARIABLES, Variables
 
 DRAFT = "draft"
 
@@ -59,7 +63,7 @@ class DDPM(Denoiser):
 
   def __post_init__(self):
     super().__post_init__()
-    base.check_positive("model", self, "patch")
+    check_positive("model", self, "patch")
     check_network(self)
     coarsest = self.patch * 2 ** (len(self.multipliers) - 1)
     if self.resolution % coarsest:
@@ -94,15 +98,15 @@ class DDPM(Denoiser):
     return (*self.text.groups, *((DRAFT,) if self.draft else ()), DENOISER)
 
   def init(
-    self, rng: Array, batch: Batch, frozen: Variables = base.NO_VARIABLES
+    self, rng: Array, batch: Batch, frozen: Variables = NO_VARIABLES
   ) -> dict[str, dict[str, Any]]:
     if not self.draft:
       return super().init(rng, batch, frozen)
-    text = self.text.init(base.fold_name(rng, "text_encoder"), batch, frozen)
-    given = self.text(base.merge(text, frozen), batch)
-    draft = self.drafter.init(base.fold_name(rng, DRAFT), given.sequence, given.mask)
-    drafted = base.as_group(DRAFT, draft)
-    return base.merge(drafted, super().init(rng, batch, base.merge(frozen, drafted)))
+    text = self.text.init(fold_name(rng, "text_encoder"), batch, frozen)
+    given = self.text(trees.merge(text, frozen), batch)
+    draft = self.drafter.init(fold_name(rng, DRAFT), given.sequence, given.mask)
+    drafted = trees.as_group(DRAFT, draft)
+    return trees.merge(drafted, super().init(rng, batch, trees.merge(frozen, drafted)))
 
   def init_denoiser(self, rng: Array, x: Array, given: Conditioning) -> Variables:
     return self.network.init(
@@ -114,7 +118,7 @@ class DDPM(Denoiser):
     self, variables: Variables, x: Array, t: Array, given: Conditioning, **kwargs: Any
   ) -> Array:
     return self.network.apply(
-      base.group(variables, DENOISER), x, t, given.sequence, given.mask, given.pooled,
+      trees.group(variables, DENOISER), x, t, given.sequence, given.mask, given.pooled,
       given.extra.get("layout"), **kwargs,
     )
 
@@ -124,7 +128,7 @@ class DDPM(Denoiser):
     loss = jnp.mean(self.errors(variables, batch, given, rng, train=True))
     if drafted is None:
       return loss, Aux()
-    x_0 = base.normalize_images(batch["image"])
+    x_0 = normalize_images(batch["image"])
     draft = jnp.mean(jnp.square(drafted - shrunk(x_0, self.draft)))
     return loss + draft, Aux({"loss": loss, "draft": draft})
 
@@ -161,6 +165,6 @@ class DDPM(Denoiser):
         "none; set model.draft=0"
       )
     layout, picture = self.drafter.apply(
-      base.group(variables, DRAFT), given.sequence, given.mask
+      trees.group(variables, DRAFT), given.sequence, given.mask
     )
     return given.replace(extra={**given.extra, "layout": layout}), picture

@@ -23,11 +23,16 @@ from t2i_jax.diffusion.schedules import make_process
 from t2i_jax.diffusion.timesteps import make_density
 from t2i_jax.diffusion.weighting import make_weighting
 from t2i_jax.errors import UserError
-from t2i_jax.systems import base
-from t2i_jax.systems.base import GUIDE, Array, Aux, Batch, Conditioning, Field, Player, Variables
+from t2i_jax.systems import base, trees
+from t2i_jax.systems.base import GUIDE, Array, Aux, Batch, Conditioning, Field, Player
+from t2i_jax.systems.capabilities import Guide, require
+from t2i_jax.systems.checks import check_positive
 from t2i_jax.systems.conditioning import TextConditioner
 from t2i_jax.systems.diffusion import sampling
 from t2i_jax.systems.diffusion.sampling import KNOWN, START, Options
+from t2i_jax.systems.pictures import normalize_images
+from t2i_jax.systems.randomness import fold_name
+from t2i_jax.systems.trees import NO_VARIABLES, Variables
 
 DENOISER = "denoiser"
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -78,7 +83,7 @@ class Denoiser(base.System):
   dtype: Any = jnp.float32
 
   def __post_init__(self):
-    base.check_positive("model", self, "resolution")
+    check_positive("model", self, "resolution")
     if self.time_shift <= 0:
       raise UserError(f"model.time_shift={self.time_shift} is not positive; 1 shifts nothing")
     if self.offset_noise < 0:
@@ -99,7 +104,7 @@ class Denoiser(base.System):
 
   def _check_guide(self) -> None:
     """Raises UserError unless the guide knows pictures noised as these are."""
-    base.require(self.guide, base.Guide, f"components.{GUIDE}")
+    require(self.guide, Guide, f"components.{GUIDE}")
     u = np.linspace(0.0, 1.0, 9)
     ours, theirs = (
       [np.asarray(f(p.time(jnp.float32(u)))) for f in (p.alpha, p.sigma)]
@@ -193,22 +198,22 @@ class Denoiser(base.System):
 
   def clean(self, variables: Variables, batch: Batch, rng: Array) -> Array:
     """What is modelled, float32 [B, h, w, c], of a batch."""
-    return base.normalize_images(batch["image"])
+    return normalize_images(batch["image"])
 
   def given(self, variables: Variables, batch: Batch, rng: Array | None = None) -> Conditioning:
     """The condition of a batch; with `rng`, captions are dropped as in training."""
     return self.text(variables, batch, rng)
 
   def init(
-    self, rng: Array, batch: Batch, frozen: Variables = base.NO_VARIABLES
+    self, rng: Array, batch: Batch, frozen: Variables = NO_VARIABLES
   ) -> dict[str, dict[str, Any]]:
-    text = self.text.init(base.fold_name(rng, "text_encoder"), batch, frozen)
-    given = self.given(base.merge(text, frozen), batch)
+    text = self.text.init(fold_name(rng, "text_encoder"), batch, frozen)
+    given = self.given(trees.merge(text, frozen), batch)
     rows = jax.tree.leaves(batch)[0].shape[0]
     denoiser = self.init_denoiser(
-      base.fold_name(rng, DENOISER), jnp.zeros((rows, *self.shape)), given
+      fold_name(rng, DENOISER), jnp.zeros((rows, *self.shape)), given
     )
-    return base.merge(text, base.as_group(DENOISER, denoiser))
+    return trees.merge(text, trees.as_group(DENOISER, denoiser))
 
   def loss(self, variables: Variables, batch: Batch, rng: Array, step: Array):
     """The weighted error of Ho et al. 2020, algorithm 1, averaged over the batch."""
@@ -225,19 +230,19 @@ class Denoiser(base.System):
   ) -> Array:
     """Each example's weighted error [B] at a time of its own."""
     x_0 = self.clean(variables, batch, rng)
-    u = shifted(self.times(base.fold_name(rng, "time"), len(x_0)), self.time_shift)
+    u = shifted(self.times(fold_name(rng, "time"), len(x_0)), self.time_shift)
     t = self.process.time(u)
-    noise = jax.random.normal(base.fold_name(rng, "noise"), x_0.shape)
+    noise = jax.random.normal(fold_name(rng, "noise"), x_0.shape)
     if self.offset_noise:
       offset = jax.random.normal(
-        base.fold_name(rng, "offset_noise"), (len(x_0), 1, 1, x_0.shape[-1])
+        fold_name(rng, "offset_noise"), (len(x_0), 1, 1, x_0.shape[-1])
       )
       noise = noise + self.offset_noise * offset
     alpha, sigma = (expand(f(t), x_0.ndim) for f in (self.process.alpha, self.process.sigma))
     x_t = self.process.corrupt(x_0, noise, t)
     output, share = self.split(self.output(
       variables, x_t * self.parameterization.input_scale(alpha, sigma), self.process.embedded(t),
-      given, train=train, rngs={"dropout": base.fold_name(rng, "dropout")},
+      given, train=train, rngs={"dropout": fold_name(rng, "dropout")},
     ))  # fmt: skip
     target = self.parameterization.target(x_0, noise, alpha, sigma)
     scale = self.parameterization.error_scale(alpha, sigma)
@@ -266,9 +271,9 @@ class Denoiser(base.System):
     extra = {}
     if self.guide:
       read = {"label": batch.get("label"), "text": batch.get("text", {}).get(GUIDE)}
-      extra[GUIDE] = self.guide.read(base.group(variables, GUIDE), read)
+      extra[GUIDE] = self.guide.read(trees.group(variables, GUIDE), read)
     if "image" in batch:
-      extra[START] = self.encoded(variables, base.normalize_images(batch["image"]))
+      extra[START] = self.encoded(variables, normalize_images(batch["image"]))
     if KNOWN in batch:
       extra[KNOWN] = self.kept(batch[KNOWN])
     return given.replace(extra={**given.extra, **extra})

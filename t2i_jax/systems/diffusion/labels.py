@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from t2i_jax.errors import UserError
-from t2i_jax.systems import base
-from t2i_jax.systems.base import GUIDE, Array, Batch, Conditioning, Field, Variables
+from t2i_jax.systems.base import GUIDE, Array, Batch, Conditioning, Field
 from t2i_jax.systems.diffusion.denoiser import Denoiser
+from t2i_jax.systems.randomness import fold_name
+from t2i_jax.systems.trees import Variables
 
 LABEL = "label"
 UNSAID = -1  # a label that the network is not told
@@ -84,7 +85,7 @@ def trained(system: Any, given: Conditioning, batch: Batch, rng: Array | None) -
   label = batch[LABEL]
   if rng is not None and system.label_drop:
     rows = (len(label), 1)
-    dropped = jax.random.bernoulli(base.fold_name(rng, "label_drop"), system.label_drop, rows)
+    dropped = jax.random.bernoulli(fold_name(rng, "label_drop"), system.label_drop, rows)
     label = jnp.where(dropped, UNSAID, label)
   return _labelled(given, label, system.classes)
 

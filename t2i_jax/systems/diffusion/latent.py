@@ -11,10 +11,14 @@ import jax.numpy as jnp
 from flax import struct
 
 from t2i_jax.errors import UserError
-from t2i_jax.systems import base
-from t2i_jax.systems.base import GUIDE, Array, Batch, Field, Variables
+from t2i_jax.systems import trees
+from t2i_jax.systems.base import GUIDE, Array, Batch, Field
+from t2i_jax.systems.capabilities import FirstStage, require
 from t2i_jax.systems.diffusion.denoiser import DENOISER, Denoiser
 from t2i_jax.systems.diffusion.sampling import Options
+from t2i_jax.systems.pictures import normalize_images
+from t2i_jax.systems.randomness import fold_name
+from t2i_jax.systems.trees import NO_VARIABLES, Variables
 
 FIRST_STAGE = "first_stage"
 LATENTS = "latents"  # the collection of what is measured of them
@@ -55,7 +59,7 @@ class LatentDenoiser(Denoiser):
   def __post_init__(self):
     super().__post_init__()
     if self.first_stage is not None:
-      base.require(self.first_stage, base.FirstStage, f"components.{FIRST_STAGE}")
+      require(self.first_stage, FirstStage, f"components.{FIRST_STAGE}")
     elif self.latent_scale or not self.models_pixels:
       pixels = f"; model.latent_scale={self.latent_scale} is of latents, and 0 with no first stage "
       raise UserError("a latent system models the latents of an autoencoder: set "
@@ -103,7 +107,7 @@ class LatentDenoiser(Denoiser):
     return {"image": image, **self.text.batch_spec()}
 
   def init(
-    self, rng: Array, batch: Batch, frozen: Variables = base.NO_VARIABLES
+    self, rng: Array, batch: Batch, frozen: Variables = NO_VARIABLES
   ) -> dict[str, dict[str, Any]]:
     variables = super().init(rng, batch, frozen)
     if self.first_stage is None:
@@ -115,15 +119,15 @@ class LatentDenoiser(Denoiser):
       shift, deviation = self.latent_statistics
       scale = 1.0 / deviation
     if not scale:
-      latents = self._posterior(frozen, batch, base.fold_name(rng, LATENTS))
+      latents = self._posterior(frozen, batch, fold_name(rng, LATENTS))
       shift, scale = jnp.mean(latents), 1.0 / jnp.std(latents)
     measured = {"scale": jnp.float32(scale), "shift": jnp.float32(shift)}
-    return base.merge(variables, {LATENTS: {DENOISER: measured}})
+    return trees.merge(variables, {LATENTS: {DENOISER: measured}})
 
   def clean(self, variables: Variables, batch: Batch, rng: Array) -> Array:
     if self.first_stage is None:
       return super().clean(variables, batch, rng)
-    latents = self._posterior(variables, batch, base.fold_name(rng, "posterior"))
+    latents = self._posterior(variables, batch, fold_name(rng, "posterior"))
     return self.scaled(variables, latents)
 
   def scaled(self, variables: Variables, latents: Array) -> Array:
@@ -134,7 +138,7 @@ class LatentDenoiser(Denoiser):
   def encoded(self, variables: Variables, images: Array) -> Array:
     if self.first_stage is None:
       return images
-    moments = self.first_stage.encode(base.group(variables, FIRST_STAGE), images)
+    moments = self.first_stage.encode(trees.group(variables, FIRST_STAGE), images)
     return self.scaled(variables, jnp.split(moments.astype(jnp.float32), 2, axis=-1)[0])
 
   def kept(self, known: Array) -> Array:
@@ -150,7 +154,7 @@ class LatentDenoiser(Denoiser):
       return jnp.clip(drawn, -1.0, 1.0)
     measured = variables[LATENTS][DENOISER]
     latents = drawn / measured["scale"] + measured["shift"]
-    images = self.first_stage.decode(base.group(variables, FIRST_STAGE), latents)
+    images = self.first_stage.decode(trees.group(variables, FIRST_STAGE), latents)
     return jnp.clip(images, -1.0, 1.0)
 
   def _posterior(self, variables: Variables, batch: Batch, rng: Array) -> Array:
@@ -158,7 +162,7 @@ class LatentDenoiser(Denoiser):
     if "latent" in batch:
       moments = batch["latent"]
     else:
-      images = base.normalize_images(batch["image"])
-      moments = self.first_stage.encode(base.group(variables, FIRST_STAGE), images)
+      images = normalize_images(batch["image"])
+      moments = self.first_stage.encode(trees.group(variables, FIRST_STAGE), images)
     mean, log_variance = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
     return mean + jnp.exp(0.5 * log_variance) * jax.random.normal(rng, mean.shape)

@@ -11,13 +11,14 @@ from typing import Any
 import jax.numpy as jnp
 
 from t2i_jax.networks.unet import UNet
-from t2i_jax.systems import base
-from t2i_jax.systems.base import Array, Conditioning, Variables
+from t2i_jax.systems import trees
+from t2i_jax.systems.base import Array, Conditioning
 from t2i_jax.systems.diffusion.denoiser import DENOISER
 from t2i_jax.systems.diffusion.latent import FIRST_STAGE as FIRST_STAGE
 from t2i_jax.systems.diffusion.latent import LATENTS as LATENTS
 from t2i_jax.systems.diffusion.latent import LatentDenoiser
 from t2i_jax.systems.diffusion.unet_options import check_network, make_unet
+from t2i_jax.systems.trees import Variables
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -75,7 +76,7 @@ class LDM(LatentDenoiser):
     self, variables: Variables, x: Array, t: Array, given: Conditioning, **kwargs: Any
   ) -> Array:
     return self.network.apply(
-      base.group(variables, DENOISER), x, t, given.sequence, given.mask, self.vector(given),
+      trees.group(variables, DENOISER), x, t, given.sequence, given.mask, self.vector(given),
       **kwargs,
     )
 

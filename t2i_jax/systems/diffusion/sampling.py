@@ -11,8 +11,9 @@ from t2i_jax.diffusion.combination import check_combination
 from t2i_jax.diffusion.grid import make_grid, start_index
 from t2i_jax.diffusion.parameterization import Prediction, noise_of
 from t2i_jax.errors import UserError, unknown
-from t2i_jax.systems import base
-from t2i_jax.systems.base import GUIDE, Array, Conditioning, Variables
+from t2i_jax.systems import trees
+from t2i_jax.systems.base import GUIDE, Array, Conditioning
+from t2i_jax.systems.trees import Variables
 
 # What `Conditioning.extra` holds for the sampler and not for the network: what to begin with, and
 # where it is to stay.
@@ -159,7 +160,7 @@ def _predicted(
 
 
 def _guide_gradient(system, variables, x: Array, time: Array, reading: Any) -> Array:
-  own = base.group(variables, GUIDE)
+  own = trees.group(variables, GUIDE)
 
   def log_prob(x: Array) -> Array:
     given = Conditioning(extra=reading)

@@ -13,8 +13,8 @@ from flax import struct
 
 from t2i_jax.errors import UserError
 from t2i_jax.networks.mmdit import MMDiT
-from t2i_jax.systems import base
 from t2i_jax.systems.base import Array, Conditioning
+from t2i_jax.systems.checks import check_positive
 from t2i_jax.systems.diffusion.latent import LatentOptions
 from t2i_jax.systems.diffusion.transformer import TransformerDenoiser
 
@@ -62,7 +62,7 @@ class SD3(TransformerDenoiser):
   context_width: int = 0
 
   def __post_init__(self):
-    base.check_positive("model", self, "grid", "largest")
+    check_positive("model", self, "grid", "largest")
     if not self.text.names:
       raise UserError("text.encoder=none: this network is of a picture and a text; choose one")
     if self.blank < 0 or self.context_width < 0:

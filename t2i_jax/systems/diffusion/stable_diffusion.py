@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from flax import struct
 
 from t2i_jax.networks.layers.embeddings import timestep_embedding
-from t2i_jax.systems.base import Array, Batch, Conditioning, Field, Variables
+from t2i_jax.systems.base import Array, Batch, Conditioning, Field
 from t2i_jax.systems.diffusion.latent import LatentOptions
 from t2i_jax.systems.diffusion.ldm import LDM
+from t2i_jax.systems.trees import Variables
 
 SIZE_WIDTH = 256  # of the embedding of each of six numbers, Podell et al. 2023, section 2.2
 

@@ -10,11 +10,13 @@ import jax.numpy as jnp
 
 from t2i_jax.errors import UserError, unknown
 from t2i_jax.networks.layers.stack import REMATS
-from t2i_jax.systems import base
-from t2i_jax.systems.base import Array, Batch, Conditioning, Variables
+from t2i_jax.systems import trees
+from t2i_jax.systems.base import Array, Batch, Conditioning
+from t2i_jax.systems.checks import check_positive
 from t2i_jax.systems.diffusion import labels
 from t2i_jax.systems.diffusion.denoiser import DENOISER
 from t2i_jax.systems.diffusion.latent import LatentDenoiser
+from t2i_jax.systems.trees import Variables
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -40,7 +42,7 @@ class TransformerDenoiser(LatentDenoiser):
   scan: bool = True
 
   def __post_init__(self):
-    base.check_positive("model", self, "patch", "width", "depth", "heads")
+    check_positive("model", self, "patch", "width", "depth", "heads")
     if self.mlp_ratio <= 0:
       raise UserError(f"model.mlp_ratio={self.mlp_ratio} is not positive; 4 is usual")
     if self.width % self.heads or self.width % 4:
@@ -79,7 +81,7 @@ class TransformerDenoiser(LatentDenoiser):
   def output(
     self, variables: Variables, x: Array, t: Array, given: Conditioning, **kwargs: Any
   ) -> Array:
-    own = base.group(variables, DENOISER)
+    own = trees.group(variables, DENOISER)
     return self.network.apply(own, x, t, **self.arguments(given), **kwargs)
 
 

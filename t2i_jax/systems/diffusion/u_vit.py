@@ -10,9 +10,10 @@ from typing import Any, ClassVar
 from t2i_jax.diffusion.process import DiscreteProcess
 from t2i_jax.errors import UserError
 from t2i_jax.networks import u_vit
-from t2i_jax.systems.base import Array, Conditioning, Variables
+from t2i_jax.systems.base import Array, Conditioning
 from t2i_jax.systems.diffusion import labels
 from t2i_jax.systems.diffusion.transformer import LabelledTransformer
+from t2i_jax.systems.trees import Variables
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -5,7 +5,7 @@ from typing import Any
 
 from t2i_jax.errors import UserError, unknown
 from t2i_jax.networks.unet import ATTENTIONS, UNet
-from t2i_jax.systems import base
+from t2i_jax.systems.checks import check_levels, check_positive
 
 
 def make_unet(values: Any, out_channels: int, classes: int = 0) -> UNet:
@@ -18,7 +18,7 @@ def make_unet(values: Any, out_channels: int, classes: int = 0) -> UNet:
 
 def check_network(values: Any) -> None:
   """Raises UserError for U-Net options that make no network."""
-  base.check_positive("model", values, "channels", "blocks", "groups", "middle_depth")
+  check_positive("model", values, "channels", "blocks", "groups", "middle_depth")
   if not values.multipliers or min(values.multipliers) <= 0:
     raise UserError(f"model.multipliers={values.multipliers}: give a positive one for each level")
   if values.heads < 0 or (not values.heads and values.head_channels < 1):
@@ -31,6 +31,6 @@ def check_network(values: Any) -> None:
                     f"model.multipliers {len(values.multipliers)}; give one a level")
   # The middle, which is as wide as the last level, always attends.
   always, positions = (len(values.multipliers) - 1,), values.attention == "compact"
-  base.check_levels(values, always, positions and values.positions)
+  check_levels(values, always, positions and values.positions)
   if not 0.0 <= values.dropout < 1.0:
     raise UserError(f"model.dropout={values.dropout} is out of range; use 0 to below 1")

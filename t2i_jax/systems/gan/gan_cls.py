@@ -20,9 +20,13 @@ from flax import struct
 from t2i_jax.errors import UserError, unknown
 from t2i_jax.networks.dcgan import SIDE, Discriminator, Generator
 from t2i_jax.parallel.flops import every
-from t2i_jax.systems import base
-from t2i_jax.systems.base import Array, Aux, Batch, Conditioning, Field, Player, Variables
+from t2i_jax.systems import base, trees
+from t2i_jax.systems.base import Array, Aux, Batch, Conditioning, Field, Player
+from t2i_jax.systems.checks import check_positive
 from t2i_jax.systems.conditioning import TextConditioner
+from t2i_jax.systems.pictures import normalize_images
+from t2i_jax.systems.randomness import fold_name
+from t2i_jax.systems.trees import NO_VARIABLES, Variables
 
 GENERATOR = "generator"
 DISCRIMINATOR = "discriminator"
@@ -86,7 +90,7 @@ class GANCLS(base.System):
       raise unknown("model.play", self.play, ("alternating", "simultaneous"))
     if not 0.0 <= self.label_smoothing < 1.0:
       raise UserError(f"model.label_smoothing={self.label_smoothing} is not in [0, 1)")
-    base.check_positive(
+    check_positive(
       "model", self, "noise_size", "text_size", "generator_channels", "discriminator_channels",
       "r1_every",
     )  # fmt: skip
@@ -124,16 +128,16 @@ class GANCLS(base.System):
     return {"image": image, **self.text.batch_spec()}
 
   def init(
-    self, rng: Array, batch: Batch, frozen: Variables = base.NO_VARIABLES
+    self, rng: Array, batch: Batch, frozen: Variables = NO_VARIABLES
   ) -> dict[str, dict[str, Any]]:
-    text = self.text.init(base.fold_name(rng, "text_encoder"), batch, frozen)
-    sentence = self._sentence(base.merge(text, frozen), batch)
-    image = base.normalize_images(batch["image"])
+    text = self.text.init(fold_name(rng, "text_encoder"), batch, frozen)
+    sentence = self._sentence(trees.merge(text, frozen), batch)
+    image = normalize_images(batch["image"])
     noise = jnp.zeros((len(image), self.noise_size))
-    init = lambda name, network, *args: base.as_group(  # noqa: E731
-      name, network.init(base.fold_name(rng, name), *args, train=True)
+    init = lambda name, network, *args: trees.as_group(  # noqa: E731
+      name, network.init(fold_name(rng, name), *args, train=True)
     )
-    return base.merge(
+    return trees.merge(
       text,
       init(GENERATOR, self.generator, noise, sentence),
       init(DISCRIMINATOR, self.discriminator, image, sentence),
@@ -167,7 +171,7 @@ class GANCLS(base.System):
     metrics = {f"{DISCRIMINATOR}/{k}": v for k, v in d_metrics.items()}
     metrics |= {f"{GENERATOR}/{k}": v for k, v in g_metrics.items()}
     losses = {DISCRIMINATOR: d_loss, GENERATOR: g_loss}
-    return losses, Aux(metrics, base.merge(stats, generator_stats))
+    return losses, Aux(metrics, trees.merge(stats, generator_stats))
 
   def evaluation_loss(self, variables: Variables, batch: Batch, rng: Array) -> dict[str, Array]:
     """The discriminator's terms and the generator's loss [B], with running averages.
@@ -195,7 +199,7 @@ class GANCLS(base.System):
     """Pictures [B, H, W, 3] in [-1, 1], with batch norm's running averages."""
     noise = options.temperature * jax.vmap(self._noise)(keys)
     return self.generator.apply(
-      base.group(variables, GENERATOR), noise, conditioning.pooled, train=False
+      trees.group(variables, GENERATOR), noise, conditioning.pooled, train=False
     )
 
   def _sentence(self, variables: Variables, batch: Batch) -> Array:
@@ -213,7 +217,7 @@ class GANCLS(base.System):
 
     The text is constant here: its encoder learns from the discriminator alone.
     """
-    noise = jax.vmap(self._noise)(jax.random.split(base.fold_name(rng, "noise"), len(sentence)))
+    noise = jax.vmap(self._noise)(jax.random.split(fold_name(rng, "noise"), len(sentence)))
     sentence = jax.lax.stop_gradient(sentence)
     return _apply(variables, GENERATOR, self.generator, noise, sentence, train=train)
 
@@ -222,7 +226,7 @@ class GANCLS(base.System):
 
   def _triplet(self, variables, batch, fake, sentence, rng, train=True):
     """Logits [B] of {real, match}, {real, mismatch} and {fake, match}, and statistics."""
-    real, roll = base.normalize_images(batch["image"]), _roll(rng, "mismatch", len(sentence))
+    real, roll = normalize_images(batch["image"]), _roll(rng, "mismatch", len(sentence))
 
     def judge(network: Discriminator, real, fake, sentence):
       # Real and generated pictures keep batch statistics of their own.
@@ -273,10 +277,10 @@ class GANCLS(base.System):
       squares = jnp.sum(jnp.square(jax.grad(score)(image)), axis=(1, 2, 3))
       return 0.5 * self.r1_weight * jnp.mean(squares)
 
-    image = base.normalize_images(batch["image"])
+    image = normalize_images(batch["image"])
     r1 = self.r1_every * every(
       self.r1_every, step % self.r1_every == 0, penalty, lambda *_: jnp.float32(0.0),
-      base.group(variables, DISCRIMINATOR), image, sentence,
+      trees.group(variables, DISCRIMINATOR), image, sentence,
     )
     return loss + r1, {**metrics, "r1": r1}
 
@@ -291,16 +295,16 @@ class GANCLS(base.System):
 def _apply(variables, name, network, *args, train: bool, method=None):
   """A network's output, and its new statistics when it trains."""
   kwargs = {"train": train} if method is None else {"method": method}
-  own = base.group(variables, name)
+  own = trees.group(variables, name)
   if not train:
     return network.apply(own, *args, **kwargs), {}
   output, stats = network.apply(own, *args, mutable=["batch_stats"], **kwargs)
-  return output, base.as_group(name, stats)
+  return output, trees.as_group(name, stats)
 
 
 def _roll(rng: Array, name: str, rows: int) -> Array:
   """By how many rows to roll a batch, so that no row keeps its place."""
-  return jax.random.randint(base.fold_name(rng, name), (), 1, max(rows, 2))
+  return jax.random.randint(fold_name(rng, name), (), 1, max(rows, 2))
 
 
 def _bce(logits: Array, target: float) -> Array:

@@ -16,10 +16,14 @@ from t2i_jax.diffusion.schedules import make_process
 from t2i_jax.diffusion.timesteps import stratified
 from t2i_jax.errors import UserError, unknown
 from t2i_jax.networks.encoder_unet import POOLS, EncoderUNet
-from t2i_jax.systems import base
-from t2i_jax.systems.base import Array, Aux, Batch, Conditioning, Field, Player, Variables
+from t2i_jax.systems import base, trees
+from t2i_jax.systems.base import Array, Aux, Batch, Conditioning, Field, Player
+from t2i_jax.systems.checks import check_levels, check_positive
 from t2i_jax.systems.conditioning import TextConditioner
 from t2i_jax.systems.guides.times import by_quarter
+from t2i_jax.systems.pictures import normalize_images
+from t2i_jax.systems.randomness import fold_name
+from t2i_jax.systems.trees import NO_VARIABLES, Variables
 
 CLASSIFIER = "classifier"
 UNSAID = -1  # a label that is not known, or not wanted
@@ -63,7 +67,7 @@ class NoisyClassifier(base.System):
   ema_groups = (CLASSIFIER,)
 
   def __post_init__(self):
-    base.check_positive(
+    check_positive(
       "model", self, "resolution", "channels", "blocks", "head_channels", "groups", "patch"
     )
     if not self.classes:
@@ -75,7 +79,7 @@ class NoisyClassifier(base.System):
     if self.resolution % coarsest:
       raise UserError(f"model.resolution={self.resolution} does not divide by {coarsest} "
                       "(model.patch times 2 for each level but the first); change one of them")
-    base.check_levels(self, (len(self.multipliers) - 1,))
+    check_levels(self, (len(self.multipliers) - 1,))
     self.process  # noqa: B018
 
   @cached_property
@@ -103,11 +107,11 @@ class NoisyClassifier(base.System):
     }
 
   def init(
-    self, rng: Array, batch: Batch, frozen: Variables = base.NO_VARIABLES
+    self, rng: Array, batch: Batch, frozen: Variables = NO_VARIABLES
   ) -> dict[str, dict[str, Any]]:
-    x = base.normalize_images(batch["image"][:1])
-    fresh = self.network.init(base.fold_name(rng, CLASSIFIER), x, jnp.zeros(1))
-    return base.as_group(CLASSIFIER, fresh)
+    x = normalize_images(batch["image"][:1])
+    fresh = self.network.init(fold_name(rng, CLASSIFIER), x, jnp.zeros(1))
+    return trees.as_group(CLASSIFIER, fresh)
 
   def loss(self, variables: Variables, batch: Batch, rng: Array, step: Array):
     """The sum of the attributes' cross-entropies; labels that are unsaid count nothing."""
@@ -145,13 +149,13 @@ class NoisyClassifier(base.System):
     self, variables: Variables, batch: Batch, rng: Array, train: bool
   ) -> tuple[dict[str, Array], Array]:
     """Costs and hits of each example [B], and where in [0, 1) its time lies."""
-    x_0 = base.normalize_images(batch["image"])
-    u = stratified(base.fold_name(rng, "time"), len(x_0))
+    x_0 = normalize_images(batch["image"])
+    u = stratified(fold_name(rng, "time"), len(x_0))
     t = self.process.time(u)
-    noise = jax.random.normal(base.fold_name(rng, "noise"), x_0.shape)
+    noise = jax.random.normal(fold_name(rng, "noise"), x_0.shape)
     logits = self._logits(
       variables, self.process.corrupt(x_0, noise, t), t, train=train,
-      rngs={"dropout": base.fold_name(rng, "dropout")},
+      rngs={"dropout": fold_name(rng, "dropout")},
     )
     found = {
       name: (jnp.argmax(row, axis=-1) == label) | (label == UNSAID)
@@ -164,7 +168,7 @@ class NoisyClassifier(base.System):
   def _logits(self, variables: Variables, x: Array, t: Array, **kwargs: Any) -> list[Array]:
     """[B, values] of each attribute."""
     logits = self.network.apply(
-      base.group(variables, CLASSIFIER), x, self.process.embedded(t), **kwargs
+      trees.group(variables, CLASSIFIER), x, self.process.embedded(t), **kwargs
     )
     ends = [sum(n for _, n in self.classes[: i + 1]) for i in range(len(self.classes) - 1)]
     return jnp.split(logits, ends, axis=-1)

@@ -18,11 +18,15 @@ from t2i_jax.diffusion.process import DiscreteProcess
 from t2i_jax.diffusion.schedules import make_process
 from t2i_jax.diffusion.timesteps import stratified
 from t2i_jax.errors import UserError
-from t2i_jax.systems import base
-from t2i_jax.systems.base import Array, Aux, Batch, Conditioning, Field, Player, Variables
+from t2i_jax.systems import base, trees
+from t2i_jax.systems.base import Array, Aux, Batch, Conditioning, Field, Player
+from t2i_jax.systems.checks import check_positive
 from t2i_jax.systems.conditioning import TextConditioner
 from t2i_jax.systems.guides.times import by_quarter
+from t2i_jax.systems.pictures import normalize_images
+from t2i_jax.systems.randomness import fold_name
 from t2i_jax.systems.text.clip import CLIP, TOWERS, matching
+from t2i_jax.systems.trees import NO_VARIABLES, Variables
 from t2i_jax.text import clip
 
 ENCODER = "image_encoder"
@@ -65,7 +69,7 @@ class SemanticGuidance(base.System):
   ema_groups = (ENCODER,)
 
   def __post_init__(self):
-    base.check_positive("model", self, "resolution", "time_width")
+    check_positive("model", self, "resolution", "time_width")
     given = self.text.components.get(COMPONENT)
     if self.text.encoder != "component" or self.text.names != (COMPONENT,):
       raise UserError("semantic_guidance fine-tunes a CLIP: set text.encoder=component and "
@@ -99,12 +103,12 @@ class SemanticGuidance(base.System):
     return {"image": Field((self.resolution, self.resolution, 3), "uint8")}
 
   def init(
-    self, rng: Array, batch: Batch, frozen: Variables = base.NO_VARIABLES
+    self, rng: Array, batch: Batch, frozen: Variables = NO_VARIABLES
   ) -> dict[str, dict[str, Any]]:
     """CLIP's own vision tower, and times that do nothing yet."""
-    images = clip.prepared(base.normalize_images(batch["image"][:1]), self.clean_clip.resolution)
-    fresh = self.network.init(base.fold_name(rng, ENCODER), images, jnp.zeros(1))["params"]
-    theirs = base.group(frozen, COMPONENT)["params"][TOWERS]["vision"]
+    images = clip.prepared(normalize_images(batch["image"][:1]), self.clean_clip.resolution)
+    fresh = self.network.init(fold_name(rng, ENCODER), images, jnp.zeros(1))["params"]
+    theirs = trees.group(frozen, COMPONENT)["params"][TOWERS]["vision"]
     return {"params": {ENCODER: _started(fresh, theirs)}}
 
   def loss(self, variables: Variables, batch: Batch, rng: Array, step: Array):
@@ -119,7 +123,7 @@ class SemanticGuidance(base.System):
 
   def read(self, variables: Variables, batch: Batch) -> dict[str, Array]:
     """CLIP's embeddings of prompts."""
-    return {TEXT: self.clean_clip.embed_text(base.group(variables, COMPONENT), batch["text"])}
+    return {TEXT: self.clean_clip.embed_text(trees.group(variables, COMPONENT), batch["text"])}
 
   def log_prob(
     self, variables: Variables, x_t: Array, t: Array, conditioning: Conditioning
@@ -158,12 +162,12 @@ class SemanticGuidance(base.System):
     self, variables: Variables, batch: Batch, rng: Array
   ) -> tuple[dict[str, Array], Array]:
     """Each example's terms [B], and where in [0, 1) its time lies."""
-    x_0 = base.normalize_images(batch["image"])
-    u = stratified(base.fold_name(rng, "time"), len(x_0))
+    x_0 = normalize_images(batch["image"])
+    u = stratified(fold_name(rng, "time"), len(x_0))
     t = self.process.time(u)
-    noise = jax.random.normal(base.fold_name(rng, "noise"), x_0.shape)
+    noise = jax.random.normal(fold_name(rng, "noise"), x_0.shape)
     seen, _ = self._features(variables, self.process.corrupt(x_0, noise, t), t)
-    clean = self.clean_clip.embed_images(base.group(variables, COMPONENT), x_0)
+    clean = self.clean_clip.embed_images(trees.group(variables, COMPONENT), x_0)
     logits = self.scale * seen @ jax.lax.stop_gradient(clean).T
     terms = {
       "contrastive": matching(logits),
@@ -177,7 +181,7 @@ class SemanticGuidance(base.System):
   ) -> tuple[Array, tuple[Array, ...]]:
     """Unit vectors [B, P], and the features of each layer's patches [B, T, C], float32."""
     (_, pooled), state = self.network.apply(
-      base.group(variables, ENCODER), clip.prepared(x, self.clean_clip.resolution),
+      trees.group(variables, ENCODER), clip.prepared(x, self.clean_clip.resolution),
       self.process.embedded(t), mutable="intermediates",
     )
     layers = (layer[:, 1:].astype(jnp.float32) for layer in state["intermediates"]["layers"])

@@ -14,10 +14,14 @@ import optax
 from t2i_jax.errors import UserError
 from t2i_jax.networks.feature_net import FeatureNet as Network
 from t2i_jax.networks.feature_net import Features
-from t2i_jax.systems import base
-from t2i_jax.systems.base import Array, Aux, Batch, Field, Player, Variables
+from t2i_jax.systems import base, trees
+from t2i_jax.systems.base import Array, Aux, Batch, Field, Player
+from t2i_jax.systems.checks import check_positive
 from t2i_jax.systems.conditioning import TextConditioner
 from t2i_jax.systems.perceptual.features import squared_difference
+from t2i_jax.systems.pictures import normalize_images
+from t2i_jax.systems.randomness import fold_name
+from t2i_jax.systems.trees import NO_VARIABLES, Variables
 
 NETWORK = "network"
 
@@ -48,7 +52,7 @@ class FeatureNet(base.System):
   ema_groups = (NETWORK,)
 
   def __post_init__(self):
-    base.check_positive(
+    check_positive(
       "model", self, "resolution", "channels", "groups", "grid", "width"
     )
     if not self.classes:
@@ -84,10 +88,10 @@ class FeatureNet(base.System):
     }
 
   def init(
-    self, rng: Array, batch: Batch, frozen: Variables = base.NO_VARIABLES
+    self, rng: Array, batch: Batch, frozen: Variables = NO_VARIABLES
   ) -> dict[str, dict[str, Any]]:
-    image = base.normalize_images(batch["image"][:1])
-    return base.as_group(NETWORK, self.network.init(base.fold_name(rng, NETWORK), image))
+    image = normalize_images(batch["image"][:1])
+    return trees.as_group(NETWORK, self.network.init(fold_name(rng, NETWORK), image))
 
   def loss(self, variables: Variables, batch: Batch, rng: Array, step: Array):
     """The sum of the attributes' cross-entropies."""
@@ -113,10 +117,10 @@ class FeatureNet(base.System):
   def _apply(self, variables: Variables, images: Array) -> Features:
     for side in images.shape[1:3]:
       self._check_side(side, f"feature_net: a side of {side} pixels")
-    return self.network.apply(base.group(variables, NETWORK), images)
+    return self.network.apply(trees.group(variables, NETWORK), images)
 
   def _terms(self, variables: Variables, batch: Batch) -> dict[str, Array]:
-    logits = self._apply(variables, base.normalize_images(batch["image"])).logits
+    logits = self._apply(variables, normalize_images(batch["image"])).logits
     labels = jnp.moveaxis(batch["label"], 1, 0)
     costs = map(optax.softmax_cross_entropy_with_integer_labels, logits, labels)
     right = {

@@ -11,10 +11,11 @@ from typing import Any
 import jax.numpy as jnp
 
 from t2i_jax.networks.vgg import BLOCKS, VGG16
-from t2i_jax.systems import base
-from t2i_jax.systems.base import Array, Batch, Variables
+from t2i_jax.systems import base, trees
+from t2i_jax.systems.base import Array, Batch
 from t2i_jax.systems.conditioning import TextConditioner
 from t2i_jax.systems.perceptual.features import squared_difference
+from t2i_jax.systems.trees import NO_VARIABLES, Variables
 
 VGG, WEIGHTS = "vgg", "weights"
 # ImageNet's channel means and deviations of pictures in [0, 1], for pictures in [-1, 1]; rounded
@@ -48,15 +49,15 @@ class LPIPS(base.System):
   def batch_spec(self) -> dict[str, base.Field]:
     return {}
 
-  def init(self, rng: Array, batch: Batch, frozen: Variables = base.NO_VARIABLES):
+  def init(self, rng: Array, batch: Batch, frozen: Variables = NO_VARIABLES):
     """Random numbers, which compare nothing: of use for their shapes alone."""
     vgg = self.network.init(rng, jnp.zeros((1, 16, 16, 3)))
     weights = {f"block_{i}": jnp.ones(channels) for i, (channels, _) in enumerate(self.blocks)}
-    return base.merge(base.as_group(VGG, vgg), {"params": {WEIGHTS: weights}})
+    return trees.merge(trees.as_group(VGG, vgg), {"params": {WEIGHTS: weights}})
 
   def distance(self, variables: Variables, a: Array, b: Array) -> Array:
     """Of pictures [B, H, W, 3] in [-1, 1], H and W at least 16: [B]."""
-    own = base.group(variables, VGG)
+    own = trees.group(variables, VGG)
     features = [
       self.network.apply(own, (x - jnp.array(SHIFT)) / jnp.array(SCALE)) for x in (a, b)
     ]

@@ -15,9 +15,13 @@ import numpy as np
 import optax
 
 from t2i_jax.errors import UserError, unknown
-from t2i_jax.systems import base
-from t2i_jax.systems.base import Array, Aux, Batch, Conditioning, Field, Player, Variables
+from t2i_jax.systems import base, trees
+from t2i_jax.systems.base import Array, Aux, Batch, Conditioning, Field, Player
+from t2i_jax.systems.checks import check_positive
 from t2i_jax.systems.conditioning import GROUP, TextConditioner
+from t2i_jax.systems.pictures import normalize_images
+from t2i_jax.systems.randomness import fold_name
+from t2i_jax.systems.trees import NO_VARIABLES, Variables
 from t2i_jax.text import clip
 from t2i_jax.text.layers import ACTIVATIONS
 from t2i_jax.text.tokenizer import END, PAD, START
@@ -60,7 +64,7 @@ class CLIP(base.System):
   ema_groups = (TOWERS,)
 
   def __post_init__(self):
-    base.check_positive(
+    check_positive(
       "model", self, "resolution", "patch", "width", "layers", "heads", "projection"
     )
     if self.activation not in ACTIVATIONS:
@@ -107,11 +111,11 @@ class CLIP(base.System):
     return {"image": image, **self.text.batch_spec()}
 
   def init(
-    self, rng: Array, batch: Batch, frozen: Variables = base.NO_VARIABLES
+    self, rng: Array, batch: Batch, frozen: Variables = NO_VARIABLES
   ) -> dict[str, dict[str, Any]]:
     images = self._images(batch)[:1]
     ids = batch["text"][GROUP]["ids"][:1]
-    return base.as_group(TOWERS, self.network.init(base.fold_name(rng, TOWERS), images, ids))
+    return trees.as_group(TOWERS, self.network.init(fold_name(rng, TOWERS), images, ids))
 
   def loss(self, variables: Variables, batch: Batch, rng: Array, step: Array):
     """The mean of both cross-entropies, of captions for pictures and of pictures for captions."""
@@ -156,10 +160,10 @@ class CLIP(base.System):
     }
 
   def _images(self, batch: Batch) -> Array:
-    return clip.prepared(base.normalize_images(batch["image"]), self.resolution)
+    return clip.prepared(normalize_images(batch["image"]), self.resolution)
 
   def _apply(self, variables: Variables, *given: Array, method: Any) -> Any:
-    return self.network.apply(base.group(variables, TOWERS), *given, method=method)
+    return self.network.apply(trees.group(variables, TOWERS), *given, method=method)
 
 
 def matching(logits: Array) -> Array:

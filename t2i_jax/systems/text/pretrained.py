@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from t2i_jax.errors import UserError, unknown
-from t2i_jax.systems import base
-from t2i_jax.systems.base import Array, Batch, Conditioning, Variables
+from t2i_jax.systems import base, trees
+from t2i_jax.systems.base import Array, Batch, Conditioning
 from t2i_jax.systems.conditioning import TextConditioner
+from t2i_jax.systems.trees import NO_VARIABLES, Variables
 from t2i_jax.text import bert, clip, t5
 
 ENCODER = "encoder"
@@ -84,14 +85,14 @@ class PretrainedText(base.System):
   def batch_spec(self) -> dict[str, base.Field]:
     return {}
 
-  def init(self, rng: Array, batch: Batch, frozen: Variables = base.NO_VARIABLES):
+  def init(self, rng: Array, batch: Batch, frozen: Variables = NO_VARIABLES):
     ids = jnp.zeros((1, self.text.length), jnp.int32)
-    return base.as_group(ENCODER, self.network.init(rng, ids))
+    return trees.as_group(ENCODER, self.network.init(rng, ids))
 
   def encode(self, variables: Variables, text: dict[str, Array]) -> Conditioning:
     """Features [B, L, D], and [B, P] of those that have a vector for the whole caption."""
     mask = text["mask"] if self.masked else None
-    found = self.network.apply(base.group(variables, ENCODER), text["ids"], mask)
+    found = self.network.apply(trees.group(variables, ENCODER), text["ids"], mask)
     sequence, pooled = found if isinstance(found, tuple) else (found, None)
     return Conditioning(sequence=sequence, mask=mask, pooled=pooled)
 

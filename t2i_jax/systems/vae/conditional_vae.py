@@ -17,9 +17,13 @@ from flax import struct
 
 from t2i_jax.errors import UserError, unknown
 from t2i_jax.networks.conv_vae import Decoder, Encoder, Prior
-from t2i_jax.systems import base
-from t2i_jax.systems.base import Array, Aux, Batch, Conditioning, Field, Player, Variables
+from t2i_jax.systems import base, trees
+from t2i_jax.systems.base import Array, Aux, Batch, Conditioning, Field, Player
+from t2i_jax.systems.checks import check_levels, check_positive
 from t2i_jax.systems.conditioning import TextConditioner
+from t2i_jax.systems.pictures import normalize_images
+from t2i_jax.systems.randomness import fold_name
+from t2i_jax.systems.trees import NO_VARIABLES, Variables
 from t2i_jax.systems.vae.distributions import LIKELIHOODS, Gaussian
 
 ENCODER, PRIOR, DECODER = "encoder", "prior", "decoder"
@@ -79,7 +83,7 @@ class ConditionalVAE(base.System):
   dtype: Any = jnp.float32
 
   def __post_init__(self):
-    base.check_positive(
+    check_positive(
       "model", self, "resolution", "latent_size", "prior_width", "channels", "multipliers",
       "blocks", "head_channels", "groups", "patch",
     )  # fmt: skip
@@ -89,7 +93,7 @@ class ConditionalVAE(base.System):
         f"model.resolution={self.resolution} does not divide by {coarsest} "
         "(model.patch times 2 for each level but the first); change one of them"
       )
-    base.check_levels(self)
+    check_levels(self)
     if self.likelihood not in LIKELIHOODS:
       raise unknown("model.likelihood", self.likelihood, LIKELIHOODS)
     for name in ("scale", "beta", "beta_warmup", "free_bits"):
@@ -133,16 +137,16 @@ class ConditionalVAE(base.System):
     return {"image": image, **self.text.batch_spec()}
 
   def init(
-    self, rng: Array, batch: Batch, frozen: Variables = base.NO_VARIABLES
+    self, rng: Array, batch: Batch, frozen: Variables = NO_VARIABLES
   ) -> dict[str, dict[str, Any]]:
-    text = self.text.init(base.fold_name(rng, "text_encoder"), batch, frozen)
-    given = self._given(base.merge(text, frozen), batch)
-    image = base.normalize_images(batch["image"])
+    text = self.text.init(fold_name(rng, "text_encoder"), batch, frozen)
+    given = self._given(trees.merge(text, frozen), batch)
+    image = normalize_images(batch["image"])
     latent = jnp.zeros((len(image), self.latent_size))
-    init = lambda name, network, *args: base.as_group(  # noqa: E731
-      name, network.init(base.fold_name(rng, name), *args)
+    init = lambda name, network, *args: trees.as_group(  # noqa: E731
+      name, network.init(fold_name(rng, name), *args)
     )
-    return base.merge(
+    return trees.merge(
       text,
       init(ENCODER, self.encoder, image, given.pooled),
       init(PRIOR, self.prior, given.pooled),
@@ -202,11 +206,11 @@ class ConditionalVAE(base.System):
   def _bound(self, variables: Variables, batch: Batch, rng: Array):
     """log p(x|z,c) [B] and KL(q||p) [B, Z], in nats, and the likelihood's log-scale."""
     given = self._given(variables, batch)
-    image = base.normalize_images(batch["image"])
+    image = normalize_images(batch["image"])
     posterior = Gaussian(
-      *self.encoder.apply(base.group(variables, ENCODER), image, given.pooled)
+      *self.encoder.apply(trees.group(variables, ENCODER), image, given.pooled)
     )
-    noise = jax.random.normal(base.fold_name(rng, "latent"), posterior.mean.shape)
+    noise = jax.random.normal(fold_name(rng, "latent"), posterior.mean.shape)
     mean, log_scale = self._decode(variables, posterior.sample(noise), given)
     log_likelihood = LIKELIHOODS[self.likelihood](image, mean, log_scale)
     divergence = posterior.kl(self._prior(variables, given))
@@ -219,11 +223,11 @@ class ConditionalVAE(base.System):
     return given
 
   def _prior(self, variables: Variables, given: Conditioning) -> Gaussian:
-    return Gaussian(*self.prior.apply(base.group(variables, PRIOR), given.pooled))
+    return Gaussian(*self.prior.apply(trees.group(variables, PRIOR), given.pooled))
 
   def _decode(self, variables: Variables, latent: Array, given: Conditioning):
     return self.decoder.apply(
-      base.group(variables, DECODER), latent, given.pooled, given.sequence, given.mask
+      trees.group(variables, DECODER), latent, given.pooled, given.sequence, given.mask
     )
 
   def _bits(self, nats: Array) -> Array:

@@ -17,9 +17,14 @@ import jax.numpy as jnp
 from t2i_jax.errors import UserError, unknown
 from t2i_jax.networks.autoencoder import LAST, Decoder, Encoder, last_layer
 from t2i_jax.networks.patch_discriminator import PatchDiscriminator
-from t2i_jax.systems import base
-from t2i_jax.systems.base import Array, Aux, Batch, Field, Player, Variables
+from t2i_jax.systems import base, trees
+from t2i_jax.systems.base import Array, Aux, Batch, Field, Player
+from t2i_jax.systems.capabilities import Perceptual, require
+from t2i_jax.systems.checks import check_levels, check_positive
 from t2i_jax.systems.conditioning import TextConditioner
+from t2i_jax.systems.pictures import normalize_images
+from t2i_jax.systems.randomness import fold_name
+from t2i_jax.systems.trees import NO_VARIABLES, Variables
 from t2i_jax.systems.vae.adversarial import GAMES, adaptive_weight
 from t2i_jax.systems.vae.distributions import Gaussian
 from t2i_jax.weights.perceptual import FILES
@@ -87,7 +92,7 @@ class KLAutoencoder(base.System):
   ema_groups = (ENCODER, DECODER)
 
   def __post_init__(self):
-    base.check_positive(
+    check_positive(
       "model", self, "resolution", "latent_channels", "channels", "multipliers", "blocks",
       "groups", "discriminator_channels", "discriminator_layers",
     )  # fmt: skip
@@ -99,7 +104,7 @@ class KLAutoencoder(base.System):
     ):  # fmt: skip
       if getattr(self, name) < 0:
         raise UserError(f"model.{name}={getattr(self, name)} is negative; use 0 or more")
-    base.check_levels(self)
+    check_levels(self)
     self.latent_shape(self.resolution)
     self._check_patches()
     self._check_components()
@@ -116,7 +121,7 @@ class KLAutoencoder(base.System):
       if name != PERCEPTUAL:
         raise unknown("component of kl_autoencoder", name, (PERCEPTUAL,))
     if self.components:
-      base.require(self.perceptual, base.Perceptual, f"components.{PERCEPTUAL}")
+      require(self.perceptual, Perceptual, f"components.{PERCEPTUAL}")
     elif self.perceptual_weight:
       files = " and ".join(f"{name} (published as {where})" for name, where in FILES.items())
       raise UserError(
@@ -179,12 +184,12 @@ class KLAutoencoder(base.System):
     return {"image": Field((self.resolution, self.resolution, 3), "uint8")}
 
   def init(
-    self, rng: Array, batch: Batch, frozen: Variables = base.NO_VARIABLES
+    self, rng: Array, batch: Batch, frozen: Variables = NO_VARIABLES
   ) -> dict[str, dict[str, Any]]:
     image = jnp.zeros((1, self.resolution, self.resolution, 3))
     latents = jnp.zeros((1, *self.latent_shape(self.resolution)))
-    init = lambda name, network, *args: base.as_group(  # noqa: E731
-      name, network.init(base.fold_name(rng, name), *args)
+    init = lambda name, network, *args: trees.as_group(  # noqa: E731
+      name, network.init(fold_name(rng, name), *args)
     )
     parts = [init(ENCODER, self.encoder, image), init(DECODER, self.decoder, latents)]
     if self.learn_log_variance:
@@ -192,7 +197,7 @@ class KLAutoencoder(base.System):
       parts.append({"params": {LIKELIHOOD: {"log_variance": log_variance}}})
     if self.adversarial_weight:
       parts.append(init(DISCRIMINATOR, self.discriminator, image, True))
-    return base.merge(*parts)
+    return trees.merge(*parts)
 
   def latent_shape(self, resolution: int) -> tuple[int, int, int]:
     """(h, w, c) of the latents of square pictures; UserError for a side that does not divide."""
@@ -204,13 +209,13 @@ class KLAutoencoder(base.System):
 
   def encode(self, variables: Variables, images: Array) -> Array:
     """[B, H, W, 3] in [-1, 1] -> moments [B, h, w, 2c]: mean, then log-variance in [-30, 20]."""
-    moments = self.encoder.apply(base.group(variables, ENCODER), images)
+    moments = self.encoder.apply(trees.group(variables, ENCODER), images)
     mean, log_variance = jnp.split(moments, 2, axis=-1)
     return jnp.concatenate([mean, jnp.clip(log_variance, LOWEST, HIGHEST)], axis=-1)
 
   def decode(self, variables: Variables, latents: Array) -> Array:
     """Latents [B, h, w, c], neither shifted nor scaled -> pictures [B, H, W, 3], about [-1, 1]."""
-    return self.decoder.apply(base.group(variables, DECODER), latents)
+    return self.decoder.apply(trees.group(variables, DECODER), latents)
 
   def autoencoder_gradients(self, variables: Variables, batch: Batch, rng: Array, step: Array):
     """The gradients of all its losses by group, the adversarial one's as strong as it should be.
@@ -219,11 +224,11 @@ class KLAutoencoder(base.System):
     derivative, of which the last layer's gradients are had cheaply; what is below
     is gone through once, with their weighted sum.
     """
-    image = base.normalize_images(batch["image"])
+    image = normalize_images(batch["image"])
     params = variables["params"]
 
     def up_to_last(trained):
-      features, divergence = self._features(base.with_params(variables, trained), image, rng)
+      features, divergence = self._features(trees.with_params(variables, trained), image, rng)
       return features, jnp.mean(divergence)
 
     trained = {name: params[name] for name in (ENCODER, DECODER)}
@@ -260,11 +265,11 @@ class KLAutoencoder(base.System):
 
   def discriminator_loss(self, variables: Variables, batch: Batch, rng: Array, step: Array):
     """Of pictures against their reconstructions, each with its own batch statistics."""
-    image = base.normalize_images(batch["image"])
+    image = normalize_images(batch["image"])
     features, _ = self._features(variables, image, rng)
     fake = jax.lax.stop_gradient(_picture(variables["params"][DECODER][LAST], features))
     real_logits, stats = self._judge(variables, image)
-    fake_logits, stats = self._judge(base.merge(variables, stats), fake)
+    fake_logits, stats = self._judge(trees.merge(variables, stats), fake)
     loss = GAMES[self.adversarial].discriminate(real_logits, fake_logits)
     return loss, Aux({"real": jnp.mean(real_logits), "fake": jnp.mean(fake_logits)}, stats)
 
@@ -273,7 +278,7 @@ class KLAutoencoder(base.System):
 
     The peak signal-to-noise ratio is in decibels, of each picture by itself.
     """
-    image = base.normalize_images(batch["image"])
+    image = normalize_images(batch["image"])
     posterior = _gaussian(self.encode(variables, image))
     picture = jnp.clip(self.decode(variables, posterior.mean), -1.0, 1.0)
     square = jnp.mean(jnp.square(picture - image), axis=(1, 2, 3))
@@ -289,9 +294,9 @@ class KLAutoencoder(base.System):
   def _features(self, variables: Variables, image: Array, rng: Array) -> tuple[Array, Array]:
     """What the last layer sees of pictures whose latents are drawn, and their divergence [B]."""
     posterior = _gaussian(self.encode(variables, image))
-    noise = jax.random.normal(base.fold_name(rng, "latent"), posterior.mean.shape)
+    noise = jax.random.normal(fold_name(rng, "latent"), posterior.mean.shape)
     latents = posterior.sample(noise)
-    features = self.decoder.apply(base.group(variables, DECODER), latents, features=True)
+    features = self.decoder.apply(trees.group(variables, DECODER), latents, features=True)
     return features, _divergence(posterior)
 
   def _unlikelihood(self, variables: Variables, image: Array, picture: Array, log_variance: Array):
@@ -307,7 +312,7 @@ class KLAutoencoder(base.System):
     return values * (total * jnp.exp(-log_variance) + log_variance), metrics
 
   def _distance(self, variables: Variables, a: Array, b: Array) -> Array:
-    return self.perceptual.distance(base.group(variables, PERCEPTUAL), a, b)
+    return self.perceptual.distance(trees.group(variables, PERCEPTUAL), a, b)
 
   def _log_variance(self, variables: Variables) -> Array:
     if self.learn_log_variance:
@@ -317,9 +322,9 @@ class KLAutoencoder(base.System):
   def _judge(self, variables: Variables, image: Array) -> tuple[Array, dict[str, Any]]:
     """Logits of each patch by the batch's own statistics, and the new running ones."""
     logits, stats = self.discriminator.apply(
-      base.group(variables, DISCRIMINATOR), image, True, mutable=["batch_stats"]
+      trees.group(variables, DISCRIMINATOR), image, True, mutable=["batch_stats"]
     )
-    return logits, base.as_group(DISCRIMINATOR, stats)
+    return logits, trees.as_group(DISCRIMINATOR, stats)
 
   def _fooled(self, variables: Variables, picture: Array) -> Array:
     logits, _ = self._judge(variables, picture)
