@@ -15,7 +15,7 @@ import time
 import jax
 from etils import epath
 
-from t2i_jax import assembly, caches, command
+from t2i_jax import assembly, batch_spec, caches, command, run_data, tokenizing
 from t2i_jax import config as configs
 from t2i_jax.data.loader import Loader
 from t2i_jax.data.prefetch import Prefetcher
@@ -40,10 +40,10 @@ def main():
   mesh = make_mesh(config.mesh.to_dict())
   size = config.train.batch_size
   system = assembly.build_system(config)
-  source = assembly.open_data(
-    config, assembly.training_split(config), assembly.resolution_of(system)
+  source = run_data.open_data(
+    config, run_data.training_split(config), batch_spec.resolution_of(system)
   )
-  tokenizers = assembly.make_tokenizer(config, source)
+  tokenizers = tokenizing.make_tokenizer(config, source)
   loader = Loader(
     source, caches.ReadText(tokenizers), size, config.seed, host_rows(size, mesh)
   )

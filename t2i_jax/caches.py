@@ -5,7 +5,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from t2i_jax import assembly, data
+from t2i_jax import assembly, batch_spec, data, run_data
 from t2i_jax.data.base import Source
 from t2i_jax.data.latent_cache import LatentCache, LatentSource
 from t2i_jax.data.text_cache import TextCache
@@ -71,7 +71,7 @@ class Latents:
 
   def __init__(self, config: ConfigDict, fingerprint: str):
     self._config, self._fingerprint = config, fingerprint
-    cache = self._open(assembly.training_split(config))
+    cache = self._open(run_data.training_split(config))
     self.field = base.Field(cache.shape, str(cache.dtype))
     self.statistics = (cache.statistics["mean"], cache.statistics["std"])
 
@@ -121,10 +121,10 @@ def open_latents(config: ConfigDict, components: assembly.Components) -> Latents
 def open_split(config: ConfigDict, split: str, system: base.System, latents: Latents | None,
                log_dir: str | None = None) -> Source:
   """A split of the config's data set, with latents in place of pictures where they are cached."""
-  side = assembly.resolution_of(system)
+  side = batch_spec.resolution_of(system)
   if latents is not None:
     return latents.source(split, side, log_dir)
-  return assembly.open_data(config, split, side, log_dir)
+  return run_data.open_data(config, split, side, log_dir)
 
 
 def to_compute(config: ConfigDict, names: tuple[str, ...]) -> ConfigDict:

@@ -11,7 +11,20 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from t2i_jax import assembly, bucketing, caches, command, data, export, guiding, systems
+from t2i_jax import (
+  assembly,
+  batch_spec,
+  bucketing,
+  caches,
+  command,
+  data,
+  export,
+  guiding,
+  run_data,
+  systems,
+  tokenizing,
+  workdirs,
+)
 from t2i_jax import config as configs
 from t2i_jax.data.loader import Loader
 from t2i_jax.data.prefetch import Prefetcher
@@ -106,9 +119,9 @@ def train(config: ConfigDict, workdir: str, tensorboard: bool = False,
     mesh = make_mesh(config.mesh.to_dict())
     check_batch(config.train.batch_size, mesh, "train.batch_size")
     rows = host_rows(config.train.batch_size, mesh)
-    assembly.check_workdir(workdir, config)
-    assembly.check_shared(workdir)
-    with assembly.locked(workdir):
+    workdirs.check_workdir(workdir, config)
+    workdirs.check_shared(workdir)
+    with workdirs.locked(workdir):
       recorder = Profile(profile, workdir / "profile")
       state, done = _train(config, workdir, mesh, rows, tensorboard, started, watchdog, recorder)
   if not done:
@@ -128,27 +141,27 @@ def _train(
     cached_latent=latents and latents.field, latent_statistics=latents and latents.statistics,
   )
   source = caches.open_split(
-    config, assembly.training_split(config), system, latents,
+    config, run_data.training_split(config), system, latents,
     None if "://" in str(workdir) else str(workdir),
   )
   if latents is not None:
     _say(f"training on the latents in {config.data.latents}: an epoch is its {len(source)} pictures"
          f"{', the first of an endless data set' if source.was_infinite else ''}")
   tokenizers = guiding.with_tokenizer(
-    assembly.run_tokenizers(config, workdir, source, components.tokenizers), components.tokenizers
+    tokenizing.run_tokenizers(config, workdir, source, components.tokenizers), components.tokenizers
   )
   read_text = caches.ReadText(tokenizers, cache)
-  read_text.check(source, f"{config.data.name}, {assembly.training_split(config)}")
+  read_text.check(source, f"{config.data.name}, {run_data.training_split(config)}")
   loader = Loader(
     source, read_text, config.train.batch_size, config.seed, rows, config.data.workers
   )
-  for line in assembly.truncated_captions(config, tokenizers, source.captions()):
+  for line in tokenizing.truncated_captions(config, tokenizers, source.captions()):
     _say(f"warning: {line}")
   if source.buckets is not None:
     agree_on("the checksum of the pictures' shapes", zlib.crc32(source.buckets.of) >> 1,
              "give all processes the same files")
   shapes = loader.shapes()
-  assembly.check_batch_spec(
+  batch_spec.check_batch_spec(
     system, loader.peek(), config.data.name, [shape for shape, _ in shapes]
   )
   check_division(system, config.train.batch_size, config.train.accumulate, batch_shards(mesh))
@@ -185,7 +198,7 @@ def _train(
         (peak_flops(jax.devices()[0]) or 0.0) * jax.device_count(),
       )
       run.save_frozen(components, config, mesh)
-      assembly.claim_workdir(workdir, config, tokenizers)
+      workdirs.claim_workdir(workdir, config, tokenizers)
       writers.truncate_after(run.step)
       begins = f"resuming at step {run.step}" if run.step else "beginning"
       _say(f"ready to train after {time.monotonic() - started:.1f} s: {begins}, {total} steps of "
@@ -274,7 +287,7 @@ def _hooks(
   hooks: list[loop.Hook] = []
   every = steps_of(config.evaluate.every, "evaluate.every")
   if every:
-    for split in assembly.held_out_splits(config):
+    for split in run_data.held_out_splits(config):
       held_out = caches.open_split(config, split, system, latents)
       read_text.check(held_out, f"{config.data.name}, {split}")
       hooks.append(HeldOutLoss(
@@ -317,11 +330,11 @@ def _hooks(
 
 def _held_out(config, source, system, decoded: bool):
   """The first held-out split that there is, else the training set; as `open_data` has it or not."""
-  side = assembly.resolution_of(system)
-  for split in assembly.held_out_splits(config):
+  side = batch_spec.resolution_of(system)
+  for split in run_data.held_out_splits(config):
     try:
       if decoded:
-        return assembly.open_data(config, split, side)
+        return run_data.open_data(config, split, side)
       options = config.data.options.to_dict()
       return data.open_source(config.data.name, split, side, config.seed, options)
     except UserError as error:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from t2i_jax import assembly, export, guiding
+from t2i_jax import assembly, batch_spec, export, guiding
 from t2i_jax.errors import UserError
 from t2i_jax.parallel.compiler_flags import compiler_options
 from t2i_jax.parallel.mesh import batch_sharding, batch_shards, make_mesh, replicated
@@ -320,7 +320,7 @@ def _check_fits(system: System, exported: export.Export) -> None:
   frozen = kept(exported.variables, system.frozen_groups)
   wanted = jax.eval_shape(
     lambda batch, frozen: system.init(jax.random.key(0), batch, frozen),
-    assembly.abstract_batch(system, 2), frozen,
+    batch_spec.abstract_batch(system, 2), frozen,
   )  # fmt: skip
   shapes = lambda variables: {  # noqa: E731
     name: x.shape for name, x in trees.flatten(kept(variables, system.ema_groups)).items()

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from t2i_jax import assembly, caches, data
+from t2i_jax import assembly, caches, data, run_data
 from t2i_jax.caches import FIRST_STAGE
 from t2i_jax.data.base import FileSource, Source
 from t2i_jax.data.images import BadImage
@@ -44,7 +44,7 @@ def write_latents(
     raise UserError(f"system {config.system} has no model.resolution, so it reads no pictures")
   config = caches.to_compute(config, (FIRST_STAGE,))
   chosen = caches.chosen_splits(config, splits)
-  trained = assembly.training_split(config)
+  trained = run_data.training_split(config)
   if flips and trained not in chosen:
     raise UserError(f"--flips is of the training split '{trained}', which --split leaves out")
   check_folder(output, data.splits(config.data.name))

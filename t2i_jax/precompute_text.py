@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from t2i_jax import assembly, caches, data, systems
+from t2i_jax import assembly, caches, data, systems, tokenizing
 from t2i_jax.data.text_cache import DTYPES, Features, Fields, Writer
 from t2i_jax.parallel.compiler_flags import compiler_options
 from t2i_jax.parallel.mesh import batch_sharding, batch_shards, make_mesh, replicated
@@ -36,10 +36,10 @@ def write_features(
   components = assembly.load_components(config)
   # Every host encodes by itself, with its own devices: none waits for another.
   mesh = make_mesh({"fsdp": -1}, jax.local_devices())
-  tokenizers = assembly.component_tokenizers(config, components.tokenizers)
+  tokenizers = tokenizing.component_tokenizers(config, components.tokenizers)
   encode, fields = _encoder(config, components, tokenizers, mesh, batch_size, DTYPES[dtype])
   captions = list(_captions(config, splits))
-  for line in assembly.truncated_captions(config, tokenizers, captions):
+  for line in tokenizing.truncated_captions(config, tokenizers, captions):
     say(f"warning: {line}")
   about = {
     "frozen": config.precision.frozen, "compute": jnp.dtype(assembly.compute_dtype(config)).name

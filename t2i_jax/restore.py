@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import t2i_jax
-from t2i_jax import assembly, export
+from t2i_jax import assembly, batch_spec, export, workdirs
 from t2i_jax.errors import UserError
 from t2i_jax.parallel.compiler_flags import options_of
 from t2i_jax.parallel.distributed import agree_on, is_primary
@@ -55,7 +55,7 @@ class Plan:
     Raises:
       UserError: for players, optimizers or sharding rules that do not exist.
     """
-    batch = assembly.abstract_batch(system, config.train.batch_size)
+    batch = batch_spec.abstract_batch(system, config.train.batch_size)
     sections = assembly.player_sections(config, system, steps_of)
     shapes = jax.eval_shape(
       lambda b, f: system.init(jax.random.key(0), b, f)["params"], batch, frozen
@@ -146,7 +146,7 @@ class Run:
     if checkpoints.latest_step() is not None:
       run._restore(checkpoints, frozen, loader)
     elif config.resume:
-      assembly.read_run_config(epath.Path(config.resume))
+      workdirs.read_run_config(epath.Path(config.resume))
       others = Checkpoints(epath.Path(config.resume) / "checkpoints", read_only=True)
       run._restore(others, frozen, loader)
       others.close()
@@ -284,11 +284,11 @@ def restored_variables(
   Raises:
     UserError: where there is no run, no such checkpoint, or a damaged one.
   """
-  config = assembly.read_run_config(workdir)
+  config = workdirs.read_run_config(workdir)
   mesh = make_mesh({"data": -1})
   components = assembly.load_components(config, workdir)
   system = assembly.build_system(config, components.systems)
-  tokenizers = Tokenizers.load(workdir / assembly.TOKENIZER)
+  tokenizers = Tokenizers.load(workdir / workdirs.TOKENIZER)
   checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
   step = checkpoints.latest_step() if step is None else step
   if step is None:

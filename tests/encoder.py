@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from t2i_jax import assembly, config, data, export, recipe, systems
+from t2i_jax import config, data, export, recipe, systems, tokenizing
 from t2i_jax.systems import base
 from t2i_jax.systems.base import Conditioning
 from t2i_jax.systems.conditioning import TextConditioner
@@ -50,5 +50,5 @@ def make(path, scale):
   given = config.from_json(config.to_json(given))
   source = data.open_source("scenes", "train", 16, 0, {"levels": ("one",)})
   rows = scale * np.random.default_rng(0).normal(size=(VOCAB, WIDTH)).astype(np.float32)
-  tokenizers = assembly.make_tokenizer(given, source)
+  tokenizers = tokenizing.make_tokenizer(given, source)
   return export.write(path, given, 1, {"params": {"table": {"rows": rows}}}, tokenizers)

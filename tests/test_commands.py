@@ -13,7 +13,7 @@ from etils import epath
 from PIL import Image
 from runs import ROOT, TOY, TOY_CONFIG, config_of, folder_of, saved_steps, starts, train_on
 
-from t2i_jax import assembly, command, evaluate, export, main, sample
+from t2i_jax import command, evaluate, export, main, sample, workdirs
 from t2i_jax.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("compiled_programs")
@@ -282,7 +282,7 @@ def test_scores_are_written_into_the_model_card(exported):
 
 
 def test_two_processes_do_not_train_in_one_place(fails, tmp_path):
-  with assembly.locked(epath.Path(tmp_path)):
+  with workdirs.locked(epath.Path(tmp_path)):
     message = starts(fails, tmp_path)
   assert message.startswith(f"another process is training in --workdir={tmp_path}")
 

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from runs import TOY, command, config_of, finish, metrics, train_on
 
-from t2i_jax import assembly, data, evaluate, export
+from t2i_jax import assembly, batch_spec, data, evaluate, export, run_data, tokenizing
 from t2i_jax.errors import UserError
 from t2i_jax.evaluation import drawing, folder, plots, scoring
 from t2i_jax.evaluation.prompt_sets import PromptSet
@@ -34,10 +34,10 @@ SPLIT = "held_out_pairs"
 def write_export(path, config):
   """An export with random numbers, without compiling anything."""
   system = assembly.build_system(config)
-  source = assembly.open_data(config, SPLIT, assembly.resolution_of(system))
-  tokenizers = assembly.make_tokenizer(config, source) if system.reads_text else Tokenizers({})
+  source = run_data.open_data(config, SPLIT, batch_spec.resolution_of(system))
+  tokenizers = tokenizing.make_tokenizer(config, source) if system.reads_text else Tokenizers({})
   shapes = jax.eval_shape(
-    lambda batch: system.init(jax.random.key(0), batch), assembly.abstract_batch(system, 2)
+    lambda batch: system.init(jax.random.key(0), batch), batch_spec.abstract_batch(system, 2)
   )
   rng = np.random.default_rng(0)
   variables = jax.tree.map(

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from runs import ROOT, config_of
 
-from t2i_jax import assembly, export, feature_networks
+from t2i_jax import assembly, batch_spec, export, feature_networks
 from t2i_jax.errors import UserError
 from t2i_jax.feature_networks import Networks
 from t2i_jax.metrics import registry
@@ -25,7 +25,7 @@ def written(folder, name, tokenizers):
   """An untrained export."""
   config = config_of(ROOT / f"configs/{name}.py")
   system = assembly.build_system(config)
-  shapes = assembly.abstract_batch(system, 1)
+  shapes = batch_spec.abstract_batch(system, 1)
   batch = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
   variables = jax.jit(system.init)(jax.random.key(0), batch)
   export.write(folder, config, 0, variables, tokenizers)

@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import pytest
 
-from t2i_jax import assembly, recipe
+from t2i_jax import assembly, batch_spec, recipe, run_data
 from t2i_jax import config as configs
 from t2i_jax.systems import trees
 
@@ -75,7 +75,7 @@ def test_every_config_takes_every_data_set(path):
   for dataset in recipe.DATASETS:
     config = configs.load_config(f"{path}:size=tiny,dataset={dataset}")
     assert dataset.startswith(config.data.name) and config.is_locked
-    assert assembly.held_out_splits(config)
+    assert run_data.held_out_splits(config)
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda p: p.stem)
@@ -133,7 +133,7 @@ def built(stem, size):
     {kind: {name: groups} for kind, groups in variables.items()}
     for name, (_, variables, _) in parts.items()
   ))  # fmt: skip
-  batch = assembly.abstract_batch(system, 2)
+  batch = batch_spec.abstract_batch(system, 2)
   key = jax.eval_shape(lambda: jax.random.key(0))
   return system, trees.merge(jax.eval_shape(system.init, key, batch, frozen), frozen), batch
 

@@ -9,7 +9,7 @@ from etils import epath
 from runs import TOY, config_of
 from toy import Toy
 
-from t2i_jax import assembly, caches, hooks
+from t2i_jax import assembly, batch_spec, caches, hooks, run_data, tokenizing
 from t2i_jax.evaluation import verifier
 from t2i_jax.parallel.mesh import make_mesh
 from t2i_jax.training import state as states
@@ -32,10 +32,10 @@ def toy():
   config = config_of(TOY)
   system = assembly.build_system(config)
   assert isinstance(system, Toy)
-  source = assembly.open_data(config, "held_out_pairs", 16)
-  tokenizers = assembly.make_tokenizer(config, source)
+  source = run_data.open_data(config, "held_out_pairs", 16)
+  tokenizers = tokenizing.make_tokenizer(config, source)
   batch = jax.tree.map(
-    lambda x: jnp.zeros(x.shape, x.dtype), assembly.abstract_batch(system, 8)
+    lambda x: jnp.zeros(x.shape, x.dtype), batch_spec.abstract_batch(system, 8)
   )
   optimizers = {player.name: optax.sgd(0.1) for player in system.players}
   state = states.create(system, optimizers, 0, batch, {}, True)
@@ -98,7 +98,7 @@ def test_scores_are_of_the_captions_and_collapse_with_others():
 
     def __call__(self, captions, seed, **options):
       assert (seed, options) == (3, {"steps": 4})
-      source = assembly.open_data(config, "held_out_pairs", 32)
+      source = run_data.open_data(config, "held_out_pairs", 32)
       rows = source.fetch(np.arange(40), np.arange(40, dtype=np.uint64))
       assert rows.captions == captions
       return rows.image

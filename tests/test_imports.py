@@ -25,8 +25,8 @@ LAYERS = (
   ("text", "diffusion", "metrics", "data"),
   ("systems", "weights"),
   ("training",),
-  ("recipe", "bucketing", "assembly", "guiding", "caches", "export", "restore", "pipeline",
-   "hooks", "command", "prompts"),
+  ("recipe", "bucketing", "batch_spec", "run_data", "workdirs", "assembly", "tokenizing", "guiding",
+   "caches", "export", "restore", "pipeline", "hooks", "command", "prompts"),
   ("main", "sample", "evaluate", "evaluation", "feature_networks", "convert", "conversion",
    "precompute", "precompute_text", "precompute_latents", "plan", "planning", "adapters",
    "data.prepare"),
@@ -43,7 +43,6 @@ APART = {
 EXCEPTIONS = {
   ("t2i_jax", "pipeline"): "t2i_jax.load is the whole library in one line",
   ("export", "command"): "export is a library and a command",
-  ("assembly", "export"): "components are exports",
 }
 HEAVY = ("grain", "tensorflow_datasets", "clu", "tensorboardX", "transformers", "array_record")
 NEVER = ("tensorflow", "torch", "diffusers", "flax.nnx", "keras")

@@ -16,7 +16,7 @@ from fsspec.registry import _registry, register_implementation
 from runs import TOY, config_of, train_on
 
 import t2i_jax
-from t2i_jax import assembly, export
+from t2i_jax import export, run_data, tokenizing, workdirs
 from t2i_jax.errors import UserError
 from t2i_jax.training.grids import save_picture
 from t2i_jax.training.writers import JsonLines, Writers
@@ -96,21 +96,21 @@ def test_exports_are_there_when_their_config_is(bucket, tmp_path):
 def test_a_work_directory(bucket, tmp_path):
   config = config_of(TOY)
   workdir = bucket / "run"
-  assembly.check_workdir(workdir, config)
-  with assembly.locked(workdir), Writers(workdir, True) as writers:
+  workdirs.check_workdir(workdir, config)
+  with workdirs.locked(workdir), Writers(workdir, True) as writers:
     writers.scalars(1, {"loss": 1.0})
-    source = assembly.open_data(config, "train", 16)
-    assembly.claim_workdir(workdir, config, assembly.make_tokenizer(config, source))
-    assembly.claim_workdir(workdir, config, assembly.run_tokenizers(config, workdir, source, {}))
+    source = run_data.open_data(config, "train", 16)
+    workdirs.claim_workdir(workdir, config, tokenizing.make_tokenizer(config, source))
+    workdirs.claim_workdir(workdir, config, tokenizing.run_tokenizers(config, workdir, source, {}))
     save_picture(workdir / "samples" / "a.png", np.zeros((4, 4, 3), np.uint8))
     save_picture(workdir / "samples" / "a.png", np.zeros((4, 4, 3), np.uint8))
-  assert assembly.read_run_config(workdir).system == "toy"
+  assert workdirs.read_run_config(workdir).system == "toy"
   names = {p.name for p in workdir.iterdir()}
   assert names == {"config.json", "tokenizer.json", "metrics.jsonl", "samples"}
   with pytest.raises(UserError, match="holds another run"):
-    assembly.check_workdir(workdir, config_of(TOY, seed=7))
+    workdirs.check_workdir(workdir, config_of(TOY, seed=7))
 
 
 def test_a_store_whose_package_is_missing_is_one_line():
   with pytest.raises(UserError, match="gs://bucket/run cannot be reached: .*gcsfs"):
-    assembly.check_workdir(epath.Path("gs://bucket/run"), config_of(TOY))
+    workdirs.check_workdir(epath.Path("gs://bucket/run"), config_of(TOY))

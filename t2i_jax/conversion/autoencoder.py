@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from t2i_jax import assembly, export, recipe
+from t2i_jax import assembly, batch_spec, export, recipe
 from t2i_jax.conversion import blamed, dtype_of, new_folder, read_json, write_json
 from t2i_jax.errors import UserError
 from t2i_jax.text.tokenizer import Tokenizers
@@ -83,7 +83,7 @@ def write(output: str | Path, autoencoder: Autoencoder, dtype: str = "stored") -
   with blamed(f"the autoencoder in {autoencoder.source}"):
     config.model.update(**options, perceptual_weight=0.0, adversarial_weight=0.0)
     system = assembly.build_system(config)
-    batch = assembly.abstract_batch(system, 1)
+    batch = batch_spec.abstract_batch(system, 1)
     variables = jax.eval_shape(lambda batch: system.init(jax.random.key(0), batch), batch)
   abstract = {name: variables["params"][name] for name in GROUPS}
   names = maps.map_of(tensors, len(options["multipliers"]))

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from t2i_jax import assembly, export, recipe
+from t2i_jax import assembly, batch_spec, export, recipe
 from t2i_jax.conversion import blamed, dtype_of, new_folder, read_json, text, write_json
 from t2i_jax.errors import UserError
 from t2i_jax.systems.conditioning import GROUP
@@ -110,7 +110,7 @@ def write(
       pad=tokenizer.pad, mlp=0 if vision.mlp == 4 * vision.width else vision.mlp,
     )  # fmt: skip
     system = assembly.build_system(config)
-    batch = assembly.abstract_batch(system, 1)
+    batch = batch_spec.abstract_batch(system, 1)
     abstract = jax.eval_shape(lambda batch: system.init(jax.random.key(0), batch), batch)
   names = maps.OPEN_CLIP if encoder.names is maps.OPEN_CLIP_TEXT else maps.CLIP
   params = names.stored(

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from t2i_jax import assembly, export, recipe
+from t2i_jax import assembly, batch_spec, export, recipe
 from t2i_jax.conversion import blamed, dtype_of, new_file
 from t2i_jax.errors import UserError
 from t2i_jax.systems.base import System
@@ -59,7 +59,7 @@ def convert(
       variance = "learned" if options["learned_variance"] else "large"
       config.sample.options.update(_SAMPLING, variance=variance)
     system = assembly.build_system(config)
-    batch = assembly.abstract_batch(system, 1)
+    batch = batch_spec.abstract_batch(system, 1)
     abstract = jax.eval_shape(lambda batch: system.init(jax.random.key(0), batch), batch)
   (group,) = system.ema_groups
   params = _names(kind, system, options["resolution"]).stored(

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from t2i_jax import assembly, export, recipe
+from t2i_jax import assembly, batch_spec, export, recipe
 from t2i_jax.conversion import blamed, dtype_of
 from t2i_jax.conversion.networks import Network
 from t2i_jax.errors import UserError
@@ -90,7 +90,7 @@ def write(
     frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), variables)
     abstract = jax.eval_shape(
       lambda batch, frozen: system.init(jax.random.key(0), batch, frozen),
-      assembly.abstract_batch(system, 2), frozen,
+      batch_spec.abstract_batch(system, 2), frozen,
     )  # fmt: skip
   params = model.network.map_of(model.tensors, model.options).stored(
     model.tensors, abstract["params"][DENOISER], source=model.source, dtype=dtype_of(dtype)

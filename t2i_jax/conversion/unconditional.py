@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from t2i_jax import assembly, export, recipe
+from t2i_jax import assembly, batch_spec, export, recipe
 from t2i_jax.conversion import blamed, dtype_of, new_folder, read_json, schedulers, write_json
 from t2i_jax.conversion.autoencoder import WEIGHTS
 from t2i_jax.conversion.parts import network_options
@@ -57,7 +57,7 @@ def convert(
     config.text.encoder = "none"
     config.sample.options.update(sampling)
     system = assembly.build_system(config)
-    batch = assembly.abstract_batch(system, 1)
+    batch = batch_spec.abstract_batch(system, 1)
     abstract = jax.eval_shape(lambda batch: system.init(jax.random.key(0), batch), batch)
   params = map_of(tensors, options).stored(
     tensors, abstract["params"][DENOISER], source=str(unet), dtype=dtype_of(dtype)

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from t2i_jax import assembly
 from t2i_jax import config as configs
+from t2i_jax import workdirs
 from t2i_jax.errors import UserError
 from t2i_jax.files import write_whole
 from t2i_jax.parallel.distributed import barrier, broadcast_bytes, is_primary
@@ -51,8 +51,8 @@ def opened(path: str, identity: Mapping[str, Any]) -> Iterator[epath.Path]:
   folder = epath.Path(path).expanduser()
   _check(folder, identity, path)
   folder.mkdir(parents=True, exist_ok=True)
-  assembly.check_shared(folder, flag="--output")
-  with assembly.locked(folder, "--output"):
+  workdirs.check_shared(folder, flag="--output")
+  with workdirs.locked(folder, "--output"):
     _check(folder, identity, path)
     barrier("checked")  # before the primary writes what the others look for
     if is_primary():

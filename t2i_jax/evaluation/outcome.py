@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 
 import t2i_jax
-from t2i_jax import assembly
+from t2i_jax import batch_spec
 from t2i_jax.evaluation import plots, report, tables, verifier
 from t2i_jax.evaluation.drawing import PICTURES, seconds_a_picture, spread
 from t2i_jax.evaluation.folder import Shards, slug
@@ -47,7 +47,7 @@ def row(
       "name": model.name, "path": model.path, "system": model.config.system,
       "step": model.exported.step, "ema": model.ema, "hash": model.digest,
       "parameters": model.parameters, "frozen": model.frozen,
-      "resolution": assembly.resolution_of(model.system),
+      "resolution": batch_spec.resolution_of(model.system),
     },
     "set": prompts.name,
     "swept": point.swept,

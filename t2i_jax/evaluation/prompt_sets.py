@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from t2i_jax import assembly, data
+from t2i_jax import data, run_data
 from t2i_jax.data.base import Source, digest_of
 from t2i_jax.data.loader import fetch_rows
 from t2i_jax.errors import UserError
@@ -116,7 +116,7 @@ class Sources:
         config = copy.deepcopy(config)
         with config.unlocked():
           config.data.options[data.BUCKETS] = ()
-      self._open[key] = assembly.open_data(config, split, resolution)
+      self._open[key] = run_data.open_data(config, split, resolution)
     return self._open[key]
 
 

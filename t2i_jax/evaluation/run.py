@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from t2i_jax import assembly, data
+from t2i_jax import batch_spec, data, run_data
 from t2i_jax.data.base import digest_of
 from t2i_jax.errors import UserError
 from t2i_jax.evaluation import (
@@ -77,7 +77,7 @@ def evaluate(flags: Any) -> None:
     )
     by_point = {
       (model.name, prompts.name): compared.of(
-        drawn, sources, prompts.split, assembly.resolution_of(model.system)
+        drawn, sources, prompts.split, batch_spec.resolution_of(model.system)
       )
       for model in models for prompts in sets
     }
@@ -147,9 +147,9 @@ def _prompt_sets(flags, config, model: Model, sources: prompt_sets.Sources) -> l
     if flags.geneval:
       geneval.check(prompts)
     return [prompts]
-  splits = flags.split or assembly.held_out_splits(config)
+  splits = flags.split or run_data.held_out_splits(config)
   prompt_sets.check_splits(config.data.name, splits)
-  side = assembly.resolution_of(model.system)
+  side = batch_spec.resolution_of(model.system)
   return [
     prompt_sets.of_split(sources.of(split, side), split, flags.pictures or PICTURES, flags.each)
     for split in splits
@@ -245,7 +245,7 @@ def _measure(
   for prompts in sets:
     losses = {}
     if LOSS in metrics:
-      side = assembly.resolution_of(model.system)
+      side = batch_spec.resolution_of(model.system)
       source = sources.of(prompts.split, side, bucketed=True)
       losses = held_out.held_out_loss(pipeline, source, prompts.split, flags.batch_size)
     for point in at:

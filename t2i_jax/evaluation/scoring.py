@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from t2i_jax import assembly
+from t2i_jax import batch_spec
 from t2i_jax.data.base import digest_of
 from t2i_jax.errors import UserError, unknown
 from t2i_jax.evaluation import verifier
@@ -56,7 +56,7 @@ def check_names(names: Sequence[str], each: int) -> None:
 
 def size_of(options: Mapping[str, Any], system: Any) -> tuple[int, int]:
   """Height and width of the pictures that a system draws with these options."""
-  side = assembly.resolution_of(system)
+  side = batch_spec.resolution_of(system)
   return tuple(options.get(name) or side for name in ("height", "width"))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from etils import epath
 from jax.sharding import Mesh
 
-from t2i_jax import assembly, data
+from t2i_jax import batch_spec, data, run_data
 from t2i_jax.errors import UserError
 from t2i_jax.evaluation import prompt_sets, references, scoring, verifier
 from t2i_jax.evaluation.scoring import OWN, VERIFIER
@@ -34,13 +34,13 @@ class RunScores:
   def __init__(self, config: Any, pipeline: Pipeline, mesh: Mesh, workdir: epath.Path,
                alive: Callable[[], None] = lambda: None):
     """`alive` is called now and then while pictures are drawn and measured."""
-    self.splits = assembly.held_out_splits(config)
+    self.splits = run_data.held_out_splits(config)
     self._config, self._pipeline, self._workdir = config, pipeline, workdir
     self._alive = alive
     self._names = [name for name in config.evaluate.metrics if name not in OWN]
     self._last: tuple[int, dict[str, Any]] | None = None
     scoring.check_names(config.evaluate.metrics, 1)
-    pictures, side = config.evaluate.pictures, assembly.resolution_of(pipeline.system)
+    pictures, side = config.evaluate.pictures, batch_spec.resolution_of(pipeline.system)
     if scoring.LOSS in config.evaluate.metrics:
       raise UserError("evaluate.metrics has 'loss', which evaluate.every measures; leave it out")
     self._judges = data.verifier(config.data.name) is not None
@@ -83,7 +83,7 @@ class RunScores:
 
   def _of(self, split: str, variables: Any):
     config, pictures = self._config, self._config.evaluate.pictures
-    source = self._sources.of(split, assembly.resolution_of(self._pipeline.system))
+    source = self._sources.of(split, batch_spec.resolution_of(self._pipeline.system))
     captions = prompt_sets.of_split(source, split, pictures, 1).captions
     options, started = config.sample.options.to_dict(), time.monotonic()
     drawn = self._pipeline(

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from t2i_jax import assembly, data
+from t2i_jax import batch_spec, data, run_data
 from t2i_jax.errors import UserError
 from t2i_jax.evaluation.prompt_sets import of_split
 
@@ -55,8 +55,8 @@ def score(pipeline, split: str, pictures: int, seed: int, options: dict) -> dict
     UserError: for a data set without a verifier.
   """
   check_judged(pipeline.config, pipeline.system, pictures)
-  side = assembly.resolution_of(pipeline.system)
-  captions = of_split(assembly.open_data(pipeline.config, split, side), split, pictures, 1).captions
+  side = batch_spec.resolution_of(pipeline.system)
+  captions = of_split(run_data.open_data(pipeline.config, split, side), split, pictures, 1).captions
   started = time.monotonic()
   drawn = pipeline(captions, seed, **options)
   seconds = time.monotonic() - started
@@ -82,9 +82,9 @@ def check_judged(config, system, pictures: int) -> None:
   """Raises UserError where the data set's verifier would refuse what the system draws."""
   if pictures < 2:
     raise UserError(f"pictures={pictures}: judge 2 or more, so that captions can be shuffled")
-  side = assembly.resolution_of(system)
+  side = batch_spec.resolution_of(system)
   verify = _verifier(config)
-  source = assembly.open_data(config, assembly.held_out_splits(config)[0], side)
+  source = run_data.open_data(config, run_data.held_out_splits(config)[0], side)
   captions = source.fetch(np.zeros(1, int), np.zeros(1, np.uint64)).captions
   verify(np.zeros((1, side, side, 3), np.uint8), captions)
 

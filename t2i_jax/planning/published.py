@@ -85,9 +85,9 @@ def component(name: str, resolution: int, dtype: Any) -> System:
 
 def shapes_of(system: System, rows: int) -> Any:
   """The shapes of a component's variables."""
-  from t2i_jax import assembly
+  from t2i_jax import batch_spec
 
-  batch = assembly.abstract_batch(system, rows)
+  batch = batch_spec.abstract_batch(system, rows)
   return jax.eval_shape(lambda given: system.init(jax.random.key(0), given), batch)
 
 

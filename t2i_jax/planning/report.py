@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from t2i_jax import assembly, systems
+from t2i_jax import assembly, batch_spec, systems
 from t2i_jax import config as configs
 from t2i_jax.parallel.chips import Chip
 from t2i_jax.parallel.mesh import batch_sharding, check_batch
@@ -161,7 +161,7 @@ def measure(
     plan = Plan.make(config, mesh, system, parts.frozen, STEPS, steps_of)
     batch = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh)),
-      assembly.abstract_batch(system, batch_size),
+      batch_spec.abstract_batch(system, batch_size),
     )
     options = StepOptions(
       config.seed, config.train.accumulate, config.ema.decay, config.ema.warmup

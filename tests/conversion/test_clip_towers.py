@@ -10,7 +10,7 @@ from runs import ROOT
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 
-from t2i_jax import assembly, convert, export
+from t2i_jax import assembly, batch_spec, convert, export
 from t2i_jax import config as configs
 from t2i_jax.text import clip
 from t2i_jax.weights.safetensors_file import write_safetensors
@@ -99,7 +99,7 @@ def test_a_guide_starts_from_it(place):
   )
   components = assembly.load_components(config)
   system = assembly.build_system(config, components.systems)
-  batch = assembly.abstract_batch(system, 2)
+  batch = batch_spec.abstract_batch(system, 2)
   shapes = jax.eval_shape(
     lambda batch, frozen: system.init(jax.random.key(0), batch, frozen), batch,
     components.variables,

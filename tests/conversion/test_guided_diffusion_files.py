@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from runs import ROOT
 
-from t2i_jax import assembly, convert, export, guiding
+from t2i_jax import assembly, batch_spec, convert, export, guiding
 from t2i_jax import config as configs
 from t2i_jax.errors import UserError
 from t2i_jax.pipeline import Pipeline
@@ -32,7 +32,7 @@ def tensors_of(config):
   """What the file of a config's network holds, by name, random and small."""
   system = assembly.build_system(config)
   shapes = jax.eval_shape(
-    lambda batch: system.init(jax.random.key(0), batch), assembly.abstract_batch(system, 1)
+    lambda batch: system.init(jax.random.key(0), batch), batch_spec.abstract_batch(system, 1)
   )
   (group,) = system.ema_groups
   network, random = system.network, np.random.default_rng(0)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from runs import ROOT
 
-from t2i_jax import assembly
+from t2i_jax import assembly, batch_spec
 from t2i_jax import config as configs
 from t2i_jax.errors import UserError
 from t2i_jax.systems.base import GUIDE
@@ -114,6 +114,6 @@ def test_the_configs_are_the_published_networks(size):
   config = configs.load_config(f"{ROOT / 'configs/adm.py'}:size={size}")
   config.model.classes = classes
   system = assembly.build_system(config)
-  given = assembly.abstract_batch(system, 1)
+  given = batch_spec.abstract_batch(system, 1)
   variables = jax.eval_shape(lambda batch: system.init(jax.random.key(0), batch), given)
   assert sum(x.size for x in jax.tree.leaves(variables["params"])) == expected
