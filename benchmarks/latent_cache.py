@@ -20,8 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from t2i_jax import assembly, command, data
-from t2i_jax import config as configs
+from t2i_jax import assembly, command, config_files, data
 from t2i_jax.data.latent_cache import LatentCache, LatentSource, Writer, about
 from t2i_jax.data.loader import Loader
 from t2i_jax.data.shards import DTYPES
@@ -88,7 +87,7 @@ def write(flags, folder: Path, source) -> None:
 
 def encoder(count: int) -> Callable[[], jax.Array]:
   """Encodes a batch of so many pictures."""
-  config = configs.load_config("configs/kl_autoencoder.py:size=f8c4", {
+  config = config_files.load_config("configs/kl_autoencoder.py:size=f8c4", {
     "model.perceptual_weight": "0.0", "model.adversarial_weight": "0.0",
   })  # fmt: skip
   system = assembly.build_system(config)

@@ -15,8 +15,7 @@ import time
 import jax
 from etils import epath
 
-from t2i_jax import assembly, batch_spec, caches, command, run_data, tokenizing
-from t2i_jax import config as configs
+from t2i_jax import assembly, batch_spec, caches, command, config_files, run_data, tokenizing
 from t2i_jax.data.loader import Loader
 from t2i_jax.data.prefetch import Prefetcher
 from t2i_jax.parallel.mesh import batch_sharding, host_rows, make_mesh
@@ -36,7 +35,7 @@ def main():
   flags = parser.parse_args()
 
   command.set_up_jax()
-  config = configs.load_config(flags.config)
+  config = config_files.load_config(flags.config)
   mesh = make_mesh(config.mesh.to_dict())
   size = config.train.batch_size
   system = assembly.build_system(config)

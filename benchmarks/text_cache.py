@@ -17,8 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from t2i_jax import command, convert, data, main, precompute_text
-from t2i_jax import config as configs
+from t2i_jax import command, config_files, convert, data, main, precompute_text
 from t2i_jax.text import t5
 from t2i_jax.text.tokenizer import train_tokenizer
 from t2i_jax.weights import text_encoders as maps
@@ -74,7 +73,7 @@ def make_folder(folder: Path, config: t5.Config) -> None:
 
 def config_of(flags, folder: Path, cache: str = ""):
   """The run's config on the encoder, or on one of its caches."""
-  return configs.load_config(flags.config, {
+  return config_files.load_config(flags.config, {
     "text.encoder": "component", "components.text_encoder": str(folder / "encoder"),
     "text.cache": str(folder / cache) if cache else "", "train.duration": str(flags.steps),
     "log.every": str(flags.every), "sample.every": "0", "evaluate.pictures": "0",

@@ -18,6 +18,7 @@ from t2i_jax.parallel.distributed import is_primary
 from t2i_jax.systems import trees
 from t2i_jax.systems.base import System
 from t2i_jax.text.tokenizer import Tokenizers
+from t2i_jax.values import typed
 
 
 def compute_dtype(config: ConfigDict) -> Any:
@@ -155,7 +156,7 @@ def take_sampling_options(config: ConfigDict, components: Components) -> None:
   for name, value in config.sample.options.items():
     if name not in options:
       raise unknown(f"sampling option of components.{text_of}", name, options)
-    options[name] = configs.typed(f"config key sample.options.{name}", str(value), options[name])
+    options[name] = typed(f"config key sample.options.{name}", str(value), options[name])
   with config.unlocked():
     config.sample.options = ConfigDict(options)
 

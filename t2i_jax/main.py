@@ -17,7 +17,9 @@ from t2i_jax import (
   bucketing,
   caches,
   command,
+  config_files,
   data,
+  durations,
   export,
   guiding,
   run_data,
@@ -80,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _main(flags, settings: Sequence[str]) -> None:
-  config = configs.load_config(flags.config, command.overrides(settings))
+  config = config_files.load_config(flags.config, command.overrides(settings))
   if flags.show:
     print(configs.to_json(config), end="")
     return
@@ -266,12 +268,12 @@ def _loop(
 def _durations(config: ConfigDict, epoch_size: int | None):
   """Turns a duration of this run into steps."""
   size = config.train.batch_size
-  total = configs.steps_of(config.train.duration, "train.duration", size, epoch_size)
+  total = durations.steps_of(config.train.duration, "train.duration", size, epoch_size)
   if total == 0:
     raise UserError("train.duration is 0, so there is nothing to train")
 
   def steps_of(value: Any, key: str) -> int:
-    return configs.steps_of(value, key, size, epoch_size, total)
+    return durations.steps_of(value, key, size, epoch_size, total)
 
   return steps_of
 

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 
-from t2i_jax import command
+from t2i_jax import command, config_files
 from t2i_jax import config as configs
 from t2i_jax.errors import UserError
 
@@ -46,7 +46,7 @@ def _plan(flags, settings: Sequence[str]) -> None:
   # Compiling for a TPU runs on the CPU; a TPU that is there is another's.
   os.environ.setdefault("JAX_PLATFORMS", "cpu")
   values = command.overrides(settings)
-  config = configs.load_config(flags.config, {"precision.compute": "bfloat16", **values})
+  config = config_files.load_config(flags.config, {"precision.compute": "bfloat16", **values})
   configs.check_ranges(config)
   if flags.slices < 1:
     raise UserError(f"--slices={flags.slices}: use 1 or more")

@@ -1,6 +1,6 @@
 """`python -m t2i_jax.precompute text|latents`: what frozen systems make of a data set, once."""
 
-from t2i_jax import command, precompute_latents, precompute_text
+from t2i_jax import command, config_files, precompute_latents, precompute_text
 from t2i_jax import config as configs
 from t2i_jax.caches import FIRST_STAGE
 from t2i_jax.data import shards, text_cache
@@ -59,7 +59,7 @@ def _precompute(flags, settings) -> None:
     value = getattr(flags, name)
     if value is not None and value < 1:
       raise UserError(f"--{name.replace('_', '-')}={value}: use 1 or more")
-  config = configs.load_config(flags.config, command.overrides(settings))
+  config = config_files.load_config(flags.config, command.overrides(settings))
   common = (tuple(flags.split), dtype, flags.shard_size, flags.batch_size)
   if flags.what == "text":
     _check_text(flags, config)

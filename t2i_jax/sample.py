@@ -77,8 +77,8 @@ def sampling_options(flags, config, system) -> dict[str, object]:
   """
   import dataclasses
 
-  from t2i_jax import config as configs
   from t2i_jax.errors import unknown
+  from t2i_jax.values import typed
 
   options = config.sample.options.to_dict()
   given = [f"{name}={getattr(flags, name)}" for name in COMMON if getattr(flags, name) is not None]
@@ -89,7 +89,7 @@ def sampling_options(flags, config, system) -> dict[str, object]:
       raise UserError(f"--option={text} is not NAME=VALUE")
     if name not in defaults:
       raise unknown(f"sampling option of {config.system}", name, defaults)
-    options[name] = configs.typed(f"sampling option {name}", value, defaults[name])
+    options[name] = typed(f"sampling option {name}", value, defaults[name])
   return options
 
 

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from t2i_jax import config as configs
-from t2i_jax import main
+from t2i_jax import config_files, main
 from t2i_jax.parallel.mesh import make_mesh
 from t2i_jax.training.checkpoint import Checkpoints
 
@@ -49,7 +48,7 @@ def config_of(path, dataset="scenes", **overrides):
   """`size=tiny` of a config; `train__duration=3` sets `train.duration`."""
   given = {key.replace("__", "."): str(value) for key, value in overrides.items()}
   chosen = "" if dataset == "scenes" else f",dataset={dataset}"
-  return configs.load_config(f"{path}:size=tiny{chosen}", given)
+  return config_files.load_config(f"{path}:size=tiny{chosen}", given)
 
 
 def train_on(config, workdir, devices=1):

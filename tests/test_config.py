@@ -5,7 +5,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from t2i_jax import config as configs
-from t2i_jax import recipe
+from t2i_jax import config_files, durations, recipe
 from t2i_jax.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -13,12 +13,12 @@ QUICKSTART = str(ROOT / "configs" / "quickstart.py")
 
 
 def loaded(**overrides):
-  return configs.load_config(f"{QUICKSTART}:size=tiny", overrides)
+  return config_files.load_config(f"{QUICKSTART}:size=tiny", overrides)
 
 
 def overridden(key, text):
   config = loaded()
-  configs.override(config, key, text)
+  config_files.override(config, key, text)
   return configs.flatten(config)[key]
 
 
@@ -31,7 +31,7 @@ def overridden(key, text):
 ])
 def test_a_wrong_argument_names_what_is_right(arg, message):
   with pytest.raises(UserError) as error:
-    configs.load_config(f"{QUICKSTART}:{arg}")
+    config_files.load_config(f"{QUICKSTART}:{arg}")
   assert str(error.value) == message
 
 
@@ -166,7 +166,7 @@ def test_sections_whose_keys_are_the_users_take_new_ones():
   ("5%", 50), ("100%", 1000), ("0.01%", 1), ("2.5 %", 25), (" 10% ", 100),
 ])
 def test_durations(value, steps):
-  result = configs.steps_of(value, "x.every", batch_size=32, epoch_size=3200, total=1000)
+  result = durations.steps_of(value, "x.every", batch_size=32, epoch_size=3200, total=1000)
   assert result == steps and isinstance(result, int)
 
 
@@ -176,26 +176,26 @@ def test_durations(value, steps):
 ])
 def test_what_is_no_duration(value):
   with pytest.raises(UserError, match="^x.every=.* is not a duration; write steps as an integer"):
-    configs.steps_of(value, "x.every", batch_size=32, epoch_size=3200, total=1000)
+    durations.steps_of(value, "x.every", batch_size=32, epoch_size=3200, total=1000)
 
 
 def test_units_that_have_no_meaning_here():
   with pytest.raises(UserError, match="run's own length cannot be a percentage"):
-    configs.steps_of("50%", "train.duration", 32, 3200)
+    durations.steps_of("50%", "train.duration", 32, 3200)
   with pytest.raises(UserError, match="made on the fly and has no epochs; use steps or examples"):
-    configs.steps_of("2 epochs", "train.duration", 32, None)
+    durations.steps_of("2 epochs", "train.duration", 32, None)
   with pytest.raises(UserError, match="more than the whole run"):
-    configs.steps_of("101%", "log.every", 32, None, 1000)
+    durations.steps_of("101%", "log.every", 32, None, 1000)
 
 
 def test_every_duration_key_exists_and_is_read_as_one():
   config = loaded()
   flat = configs.flatten(config)
-  for key in configs.DURATIONS:
+  for key in config_files.DURATIONS:
     assert key in flat
-    configs.parse_duration(flat[key], key)
+    durations.parse_duration(flat[key], key)
     with pytest.raises(UserError, match=f"{key}='often' is not a duration"):
-      configs.override(config, key, "often")
+      config_files.override(config, key, "often")
 
 
 def test_json_keeps_everything():
@@ -234,19 +234,19 @@ def write(folder, text):
 ])
 def test_a_config_file_that_is_none(text, message, tmp_path):
   with pytest.raises(UserError) as error:
-    configs.load_config(write(tmp_path, text))
+    config_files.load_config(write(tmp_path, text))
   assert message in str(error.value)
 
 
 def test_files_that_are_not_there_or_not_python(tmp_path):
   with pytest.raises(UserError, match=r"no config file at '.*quickstat.py'; did you mean '.*quick"):
-    configs.load_config(QUICKSTART.replace("quickstart", "quickstat"))
+    config_files.load_config(QUICKSTART.replace("quickstart", "quickstat"))
   with pytest.raises(UserError, match="no config file at 'nowhere/x.py'"):
-    configs.load_config("nowhere/x.py")
+    config_files.load_config("nowhere/x.py")
   other = tmp_path / "config.txt"
   other.write_text("")
   with pytest.raises(UserError, match="is no Python file"):
-    configs.load_config(str(other))
+    config_files.load_config(str(other))
 
 
 def test_base_takes_the_captions_of_the_data_set_into_account():

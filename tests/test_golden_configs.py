@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import pytest
 
-from t2i_jax import assembly, batch_spec, recipe, run_data
+from t2i_jax import assembly, batch_spec, config_files, recipe, run_data
 from t2i_jax import config as configs
 from t2i_jax.systems import trees
 
@@ -42,7 +42,7 @@ def golden_file(path, size):
 
 @pytest.mark.parametrize("path, size", CASES)
 def test_config_is_as_written_down(path, size):
-  text = configs.to_json(configs.load_config(f"{path}:size={size}"))
+  text = configs.to_json(config_files.load_config(f"{path}:size={size}"))
   golden = golden_file(path, size)
   if os.environ.get(REGENERATE):
     golden.write_text(text)
@@ -63,7 +63,7 @@ EXAMPLES = sorted({example for path in WRITTEN if path.suffix in (".md", ".py")
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_configs_named_in_the_documentation_exist(example, monkeypatch):
   monkeypatch.chdir(ROOT)
-  configs.load_config(example)
+  config_files.load_config(example)
 
 
 def test_no_text_is_left_of_a_config_that_is_gone():
@@ -73,7 +73,7 @@ def test_no_text_is_left_of_a_config_that_is_gone():
 @pytest.mark.parametrize("path", PATHS, ids=lambda p: p.stem)
 def test_every_config_takes_every_data_set(path):
   for dataset in recipe.DATASETS:
-    config = configs.load_config(f"{path}:size=tiny,dataset={dataset}")
+    config = config_files.load_config(f"{path}:size=tiny,dataset={dataset}")
     assert dataset.startswith(config.data.name) and config.is_locked
     assert run_data.held_out_splits(config)
 
@@ -123,7 +123,7 @@ def built(stem, size):
   """A config's system on its components, the shapes of all its variables, and a batch."""
   if stem == ENCODER:
     return encoder()
-  config = configs.load_config(f"{ROOT / 'configs' / stem}.py:size={size}")
+  config = config_files.load_config(f"{ROOT / 'configs' / stem}.py:size={size}")
   parts = {
     name: built(other.partition(":")[0], other.partition(":")[2] or "tiny")
     for name, other in COMPONENTS.get(stem, {}).items()

@@ -18,7 +18,7 @@ MODULES = {
 
 # Where a layer stands; a module may import its own layer and lower ones.
 LAYERS = (
-  ("errors", "config", "files"),
+  ("errors", "files", "values", "durations", "config", "config_files"),
   ("parallel",),
   ("networks.layers",),
   ("networks",),
@@ -36,7 +36,7 @@ APART = {
   "data": ("systems", "text", "networks", "diffusion", "training", "metrics"),
   "metrics": ("systems", "text", "training", "data"),
   "diffusion": ("networks", "text", "systems", "data"),
-  "networks": ("config", "systems", "data"),
+  "networks": ("config", "config_files", "values", "durations", "systems", "data"),
   "weights": ("systems", "training", "data"),
 }
 # Inside functions these modules may reach up or across, for the reason given.

@@ -13,8 +13,7 @@ from runs import TOY, assert_same_bits, command, config_of, finish, metrics, tra
 from test_precompute import HOST
 
 import t2i_jax
-from t2i_jax import config as configs
-from t2i_jax import data, export, precompute, precompute_latents, precompute_text
+from t2i_jax import config_files, data, export, precompute, precompute_latents, precompute_text
 from t2i_jax.data.latent_cache import LatentCache, Writer
 from t2i_jax.errors import UserError
 from t2i_jax.precompute_latents import write_latents
@@ -27,7 +26,7 @@ CONFIG = two_stage.__file__
 def config(first, duration=4, dataset="scenes", **settings):
   given = dict(train__duration=duration, components__first_stage=first, sample__every=0)
   flat = {key.replace("__", "."): str(value) for key, value in (given | settings).items()}
-  return configs.load_config(f"{CONFIG}:size=tiny,dataset={dataset}", flat)
+  return config_files.load_config(f"{CONFIG}:size=tiny,dataset={dataset}", flat)
 
 
 def on_folder(first, path, duration=4, **settings):

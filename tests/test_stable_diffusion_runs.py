@@ -7,7 +7,7 @@ import two_stage
 from runs import ROOT, train_on
 
 import t2i_jax
-from t2i_jax import config as configs
+from t2i_jax import config_files
 
 pytestmark = pytest.mark.usefixtures("compiled_programs")
 ENCODERS = {"stable_diffusion": ("text_encoder",), "sdxl": ("text_encoder", "text_encoder_2")}
@@ -22,7 +22,7 @@ def test_it_trains_and_draws(name, tmp_path):
            "train.duration": "2", "sample.every": "0"}  # fmt: skip
   for i, part in enumerate(ENCODERS[name]):
     given[f"components.{part}"] = str(encoder.make(tmp_path / part, 1.0 + i))
-  config = configs.load_config(f"{ROOT / 'configs' / name}.py:size=tiny,dataset=scenes", given)
+  config = config_files.load_config(f"{ROOT / 'configs' / name}.py:size=tiny,dataset=scenes", given)
   train_on(config, tmp_path / "run")
   pipeline = t2i_jax.load(tmp_path / "run" / "export")
   drawn = pipeline(["a red ring", "a blue square"], seed=1, steps=2, guidance=3.0)

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from t2i_jax import data
-from t2i_jax.config import typed
 from t2i_jax.data.base import FileSource, digest_of
 from t2i_jax.data.buckets import Buckets, Shape
 from t2i_jax.errors import UserError, unknown
+from t2i_jax.values import typed
 
 SPLITS = ("train", "held_out")
 

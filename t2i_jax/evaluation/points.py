@@ -13,13 +13,13 @@ from etils import epath
 from jax.sharding import Mesh
 
 from t2i_jax import assembly, export, guiding
-from t2i_jax import config as configs
 from t2i_jax.errors import UserError, unknown
 from t2i_jax.pipeline import Pipeline
 from t2i_jax.sample import COMMON
 from t2i_jax.systems import trees
 from t2i_jax.systems.base import System
 from t2i_jax.systems.capabilities import Sampler, require
+from t2i_jax.values import typed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +155,7 @@ def _axis(model: Model, text: str) -> tuple[str, list[Any]]:
   defaults = {f.name: f.default for f in dataclasses.fields(model.system.Options)}
   if name not in defaults:
     raise unknown(f"sampling option of {model.config.system}", name, defaults)
-  values = [configs.typed(f"sampling option {name}", part, defaults[name])
+  values = [typed(f"sampling option {name}", part, defaults[name])
             for part in given.split(",")]
   if len(set(values)) < len(values):
     raise UserError(f"--sweep={text} has a value twice")

@@ -131,8 +131,8 @@ def check_splits(name: str, splits: list[str] | tuple[str, ...]) -> None:
 
 def set_data_options(config: Any, pairs: list[str]) -> None:
   """Sets options of the config's data set from texts "NAME=VALUE"; UserError for a bad one."""
-  from t2i_jax import config as configs
   from t2i_jax.errors import unknown
+  from t2i_jax.values import typed
 
   defaults = data.default_options(config.data.name)
   with config.unlocked():
@@ -140,4 +140,4 @@ def set_data_options(config: Any, pairs: list[str]) -> None:
       name, equals, value = text.partition("=")
       if not equals or name not in defaults:
         raise unknown(f"option of data set '{config.data.name}'", name, defaults)
-      config.data.options[name] = configs.typed(f"data option {name}", value, defaults[name])
+      config.data.options[name] = typed(f"data option {name}", value, defaults[name])

@@ -11,8 +11,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from t2i_jax import assembly, batch_spec, systems
-from t2i_jax import config as configs
+from t2i_jax import assembly, batch_spec, durations, systems
 from t2i_jax.parallel.chips import Chip
 from t2i_jax.parallel.mesh import batch_sharding, check_batch
 from t2i_jax.parallel.topology import bytes_a_chip
@@ -154,7 +153,7 @@ def measure(
   check_batch(batch_size, mesh, "train.batch_size")
 
   def steps_of(value, key):
-    return configs.steps_of(value, key, batch_size, batch_size * STEPS, STEPS)
+    return durations.steps_of(value, key, batch_size, batch_size * STEPS, STEPS)
 
   system = parts.system
   with jax.set_mesh(mesh):

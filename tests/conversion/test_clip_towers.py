@@ -10,8 +10,7 @@ from runs import ROOT
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 
-from t2i_jax import assembly, batch_spec, convert, export
-from t2i_jax import config as configs
+from t2i_jax import assembly, batch_spec, config_files, convert, export
 from t2i_jax.text import clip
 from t2i_jax.weights.safetensors_file import write_safetensors
 from t2i_jax.weights.stored import open_weights
@@ -94,7 +93,7 @@ def test_under_its_authors_names(place, tmp_path):
 
 
 def test_a_guide_starts_from_it(place):
-  config = configs.load_config(
+  config = config_files.load_config(
     f"{ROOT}/configs/semantic_guidance.py:size=tiny", {"components.clip": str(place / "export")}
   )
   components = assembly.load_components(config)

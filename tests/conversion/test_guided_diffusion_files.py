@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 from runs import ROOT
 
-from t2i_jax import assembly, batch_spec, convert, export, guiding
-from t2i_jax import config as configs
+from t2i_jax import assembly, batch_spec, config_files, convert, export, guiding
 from t2i_jax.errors import UserError
 from t2i_jax.pipeline import Pipeline
 from t2i_jax.weights import guided_diffusion as files
@@ -53,7 +52,7 @@ def tensors_of(config):
 
 
 def config_of(system, size, **model):
-  config = configs.load_config(f"{ROOT}/configs/{system}.py:size={size}")
+  config = config_files.load_config(f"{ROOT}/configs/{system}.py:size={size}")
   config.text.encoder = "none"
   config.model.update(classes=(("class", 7),), **model)
   return config
@@ -107,7 +106,7 @@ def test_the_published_networks_are_recognised(name, size):
   "size", ["imagenet64", "imagenet128", "imagenet256", "imagenet512", "lsun"]
 )
 def test_what_no_file_says_is_as_the_configs_have_it(size):
-  model = configs.load_config(f"{ROOT}/configs/adm.py:size={size}").model
+  model = config_files.load_config(f"{ROOT}/configs/adm.py:size={size}").model
   assert files.SIDES[model.multipliers] == model.resolution
   found = files.flags_of("adm", model.resolution)
   assert found == {name: model[name] for name in found}

@@ -10,8 +10,7 @@ import pytest
 from ml_collections import ConfigDict
 from runs import ROOT
 
-from t2i_jax import config as configs
-from t2i_jax import plan
+from t2i_jax import config_files, plan
 from t2i_jax.parallel.chips import CHIPS
 from t2i_jax.planning import published
 from t2i_jax.planning.collectives import Traffic
@@ -71,7 +70,7 @@ def test_published_components_are_what_they_say(name):
 
 
 def test_stored_features_and_latents_leave_encoders_out_of_the_step():
-  config = configs.load_config(f"{ROOT / 'configs/stable_diffusion.py'}")
+  config = config_files.load_config(f"{ROOT / 'configs/stable_diffusion.py'}")
   names = published.OF_SYSTEM["stable_diffusion"]
   parts = build(config, names, encode=False)
   assert parts.frozen == {} or not any(parts.frozen.values())

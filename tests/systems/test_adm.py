@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from runs import ROOT
 
-from t2i_jax import assembly, batch_spec
-from t2i_jax import config as configs
+from t2i_jax import assembly, batch_spec, config_files
 from t2i_jax.errors import UserError
 from t2i_jax.systems.base import GUIDE
 from t2i_jax.systems.conditioning import TextConditioner
@@ -111,7 +110,7 @@ PUBLISHED = {
 @pytest.mark.parametrize("size", PUBLISHED)
 def test_the_configs_are_the_published_networks(size):
   classes, expected = PUBLISHED[size]
-  config = configs.load_config(f"{ROOT / 'configs/adm.py'}:size={size}")
+  config = config_files.load_config(f"{ROOT / 'configs/adm.py'}:size={size}")
   config.model.classes = classes
   system = assembly.build_system(config)
   given = batch_spec.abstract_batch(system, 1)
