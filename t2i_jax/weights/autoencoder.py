@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from t2i_jax.errors import UserError
-from t2i_jax.weights.key_map import KeyMap, Rule, convolution, dense, norm, pointwise
+from t2i_jax.weights.key_map import KeyMap
+from t2i_jax.weights.rules import Rule, convolution, dense, norm, pointwise
 from t2i_jax.weights.stored import Stored
 
 SINGLE_FILE = "first_stage_model."  # how names begin in a file that holds a whole model

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from t2i_jax.errors import UserError
 from t2i_jax.metrics.dinov2 import Config, DINOv2
-from t2i_jax.weights.key_map import KeyMap, Layout, Rule, conv, convolution, dense, linear, norm
+from t2i_jax.weights.key_map import KeyMap
+from t2i_jax.weights.rules import Layout, Rule, conv, convolution, dense, linear, norm
 from t2i_jax.weights.stored import open_weights
 
 _LAYER = "encoder.layer.{i}"

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from t2i_jax.networks.layers.embeddings import patch_positions
-from t2i_jax.weights.key_map import Rule, convolution, dense
+from t2i_jax.weights.rules import Rule, convolution, dense
 from t2i_jax.weights.stacked import StackedKeyMap, fused, number_of, patch_layout, shapes_of
 from t2i_jax.weights.stored import Stored
 

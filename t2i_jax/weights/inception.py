@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from t2i_jax.errors import UserError
 from t2i_jax.metrics.inception import Inception
-from t2i_jax.weights.key_map import KeyMap, Rule, conv, linear
+from t2i_jax.weights.key_map import KeyMap
+from t2i_jax.weights.rules import Rule, conv, linear
 from t2i_jax.weights.stored import open_weights
 
 # Each file of the same numbers, and where it is published.

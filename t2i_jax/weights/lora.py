@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from t2i_jax.errors import UserError
-from t2i_jax.weights.key_map import LISTED, KeyMap, Layout
+from t2i_jax.weights.key_map import LISTED, KeyMap
+from t2i_jax.weights.rules import Layout
 from t2i_jax.weights.stored import open_weights
 
 METADATA = "lora_adapter_metadata"  # of the header, as diffusers writes it

@@ -11,7 +11,7 @@ import numpy as np
 
 from t2i_jax.networks.layers.embeddings import patch_positions
 from t2i_jax.networks.mmdit import places
-from t2i_jax.weights.key_map import Layout, Rule, convolution, dense
+from t2i_jax.weights.rules import Layout, Rule, convolution, dense
 from t2i_jax.weights.stacked import StackedKeyMap, fused, number_of, patch_layout, shapes_of
 from t2i_jax.weights.stored import Stored
 

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from t2i_jax.errors import UserError
 from t2i_jax.networks.vgg import VGG16
-from t2i_jax.weights.key_map import KeyMap, Layout, Rule, conv
+from t2i_jax.weights.key_map import KeyMap
+from t2i_jax.weights.rules import Layout, Rule, conv
 from t2i_jax.weights.stored import open_weights
 
 VGG16_FILE, WEIGHTS_FILE = "vgg16-397923af.pth", "vgg.pth"

@@ -15,7 +15,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from t2i_jax.errors import UserError
-from t2i_jax.weights.key_map import KeyMap, Layout, Rule, linear
+from t2i_jax.weights.key_map import KeyMap
+from t2i_jax.weights.rules import Layout, Rule, linear
 from t2i_jax.weights.stored import Stored
 
 # How far half precision may have moved a constant between -1 and 1.

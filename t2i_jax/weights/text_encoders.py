@@ -3,7 +3,8 @@
 Paths are those of the parameters of the networks in `t2i_jax/text/`.
 """
 
-from t2i_jax.weights.key_map import KeyMap, Rule, conv, conv_1d, dense, linear, norm
+from t2i_jax.weights.key_map import KeyMap
+from t2i_jax.weights.rules import Rule, conv, conv_1d, dense, linear, norm
 
 PROJECTIONS = (("query", "q"), ("key", "k"), ("value", "v"), ("out", "out"))
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from t2i_jax.weights.dit import heads_of
-from t2i_jax.weights.key_map import Layout, Rule, convolution, dense, norm
+from t2i_jax.weights.rules import Layout, Rule, convolution, dense, norm
 from t2i_jax.weights.stacked import StackedKeyMap, fused, number_of, patch_layout, shapes_of
 from t2i_jax.weights.stored import Stored
 

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from t2i_jax.networks.layers.spatial import BLOCK
-from t2i_jax.weights.key_map import KeyMap, Rule, convolution, dense, norm, pointwise
+from t2i_jax.weights.key_map import KeyMap
+from t2i_jax.weights.rules import Rule, convolution, dense, norm, pointwise
 from t2i_jax.weights.stacked import StackedKeyMap
 
 Options = Mapping[str, Any]

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from t2i_jax.errors import UserError
-from t2i_jax.weights.key_map import (
-  KeyMap,
+from t2i_jax.weights.key_map import KeyMap
+from t2i_jax.weights.rules import (
   Rule,
   convolution,
   dense,

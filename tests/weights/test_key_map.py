@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from t2i_jax.errors import UserError
-from t2i_jax.weights.key_map import KeyMap, Rule, conv, dense, linear, norm
+from t2i_jax.weights.key_map import KeyMap
+from t2i_jax.weights.rules import Rule, conv, dense, linear, norm
 from t2i_jax.weights.safetensors_file import write_safetensors
 from t2i_jax.weights.stored import Stored, open_weights
 
