@@ -1,7 +1,8 @@
 """Which process, parameterization and solver go together."""
 
+from t2i_jax.diffusion.continuous import RectifiedFlow
 from t2i_jax.diffusion.parameterization import Epsilon, Parameterization
-from t2i_jax.diffusion.process import Process, RectifiedFlow
+from t2i_jax.diffusion.process import Process
 from t2i_jax.diffusion.solvers import Solver
 from t2i_jax.errors import UserError
 

@@ -11,13 +11,8 @@ import dataclasses
 
 import numpy as np
 
-from t2i_jax.diffusion.process import (
-  DiscreteProcess,
-  Process,
-  RectifiedFlow,
-  VarianceExploding,
-  shifted,
-)
+from t2i_jax.diffusion.continuous import RectifiedFlow, VarianceExploding, shifted
+from t2i_jax.diffusion.process import DiscreteProcess, Process
 from t2i_jax.errors import UserError, unknown
 
 CONVENTIONS = ("ddim", "k", "dpm")

@@ -3,13 +3,12 @@
 Everything follows from alpha and sigma: the signal-to-noise ratio, and the
 transition and posterior between any two times, so that a solver may visit any
 of them. Times grow from the picture to noise. A discrete process has integer
-times 0...T-1 and its clean end at -1; those of a continuous one are real, and
-its clean end is 0.
+times 0...T-1 and its clean end at -1; those of a continuous one (`continuous`)
+are real, and its clean end is 0.
 """
 
 import abc
 import dataclasses
-import math
 from types import ModuleType
 
 import jax
@@ -18,7 +17,6 @@ import numpy as np
 
 Array = jax.Array
 CLEAN = -1  # the clean end of a discrete process, where alpha is exactly 1
-SMALLEST = 1e-5  # of the times that a continuous process trains (Song et al. 2021b, appendix C)
 
 
 class Process(abc.ABC):
@@ -133,19 +131,19 @@ class DiscreteProcess(Process):
     return jnp.minimum((u * self.steps).astype(jnp.int32), self.last)
 
   def alpha(self, t: Array) -> Array:
-    if _module(t) is np:
+    if module_of(t) is np:
       return self.alpha_of(self.ratio(t))
     return self._table(np.sqrt(self.alphas_cumprod), 1.0)[t + 1]
 
   def sigma(self, t: Array) -> Array:
-    if _module(t) is np:
+    if module_of(t) is np:
       ratio = self.ratio(t)
       finite = np.where(np.isinf(ratio), 0.0, ratio)
       return np.where(np.isinf(ratio), 1.0, finite * self.alpha_of(finite))
     return self._table(np.sqrt(1.0 - self.alphas_cumprod), 0.0)[t + 1]
 
   def snr(self, t: Array) -> Array:
-    if _module(t) is np:
+    if module_of(t) is np:
       return super().snr(t)
     return self._table(self.alphas_cumprod / (1.0 - self.alphas_cumprod), np.inf)[t + 1]
 
@@ -187,156 +185,11 @@ class DiscreteProcess(Process):
     return jnp.asarray(np.concatenate([[clean], values]), jnp.float32)
 
 
-@dataclasses.dataclass(frozen=True)
-class VariancePreserving(Process):
-  """The limit of infinitely many steps, times in [0, 1] (Song et al. 2021b, appendix B).
-
-  Attributes:
-    beta_start, beta_end: of the rate beta(t), linear in time.
-  """
-
-  beta_start: float = 0.1
-  beta_end: float = 20.0
-  first = 1e-3  # where their samplers end, appendix C
-  last = 1.0
-
-  def time(self, u: Array) -> Array:
-    return _module(u).maximum(u, SMALLEST)
-
-  def alpha(self, t: Array) -> Array:
-    return _module(t).exp(self._log_alpha(t, 0.0))
-
-  def sigma(self, t: Array) -> Array:
-    module = _module(t)
-    return module.sqrt(-module.expm1(2.0 * self._log_alpha(t, 0.0)))
-
-  def lost(self, t: Array, s: Array) -> Array:
-    module = _module(t)
-    added = -module.expm1(2.0 * self._log_alpha(t, s))
-    return added / self.sigma(t) ** 2
-
-  def embedded(self, t: Array) -> Array:
-    """999 t, the steps of the discrete process of which it is the limit."""
-    return 999.0 * t
-
-  def alpha_of(self, ratio: np.ndarray) -> np.ndarray:
-    return 1.0 / np.hypot(1.0, ratio)
-
-  def time_of(self, ratio: np.ndarray) -> np.ndarray:
-    growth, target = self.beta_end - self.beta_start, 2.0 * np.log1p(ratio**2)
-    return target / (self.beta_start + np.sqrt(self.beta_start**2 + growth * target))
-
-  def _log_alpha(self, t: Array, s: Array) -> Array:
-    """log(alpha(t) / alpha(s)): minus half the integral of beta."""
-    growth = self.beta_end - self.beta_start
-    return -(t - s) * (0.25 * growth * (t + s) + 0.5 * self.beta_start)
-
-
-@dataclasses.dataclass(frozen=True)
-class VarianceExploding(Process):
-  """Noise on top of the whole picture: alpha is 1, and the time is sigma (Karras et al. 2022).
-
-  Attributes:
-    sigma_min, sigma_max: the least and largest noise, their table 1.
-  """
-
-  sigma_min: float = 0.002
-  sigma_max: float = 80.0
-
-  @property
-  def first(self) -> float:
-    return self.sigma_min
-
-  @property
-  def last(self) -> float:
-    return self.sigma_max
-
-  def time(self, u: Array) -> Array:
-    """Even in the logarithm of sigma, in which the paper's training density is normal."""
-    return self.sigma_min * _module(u).exp(u * math.log(self.sigma_max / self.sigma_min))
-
-  def alpha(self, t: Array) -> Array:
-    return 1.0 + 0.0 * t
-
-  def sigma(self, t: Array) -> Array:
-    return t
-
-  def lost(self, t: Array, s: Array) -> Array:
-    return (t - s) * (t + s) / t**2
-
-  def embedded(self, t: Array) -> Array:
-    """log(sigma) / 4, the paper's c_noise."""
-    return 0.25 * _module(t).log(t)
-
-  def alpha_of(self, ratio: np.ndarray) -> np.ndarray:
-    return np.ones_like(ratio)
-
-  def time_of(self, ratio: np.ndarray) -> np.ndarray:
-    return ratio
-
-
-@dataclasses.dataclass(frozen=True)
-class RectifiedFlow(Process):
-  """The straight line from picture to noise: alpha is 1 - sigma, and the time is sigma.
-
-  Liu et al. 2022 (rectified flow); Lipman et al. 2023.
-
-  Attributes:
-    shift: moves the times that are trained, and those that are sampled, towards noise; see
-      `shifted`, and `resolution_shift` for its value.
-  """
-
-  shift: float = 1.0
-  first = 1e-3
-  last = 1.0
-
-  def time(self, u: Array) -> Array:
-    return shifted(_module(u).maximum(u, SMALLEST), self.shift)
-
-  def alpha(self, t: Array) -> Array:
-    return 1.0 - t
-
-  def sigma(self, t: Array) -> Array:
-    return t
-
-  def lost(self, t: Array, s: Array) -> Array:
-    small = (t - s) / ((1.0 - s) * t)
-    return small * (2.0 - small)
-
-  def embedded(self, t: Array) -> Array:
-    """1000 sigma, as Esser et al. 2024 have it."""
-    return 1000.0 * t
-
-  def alpha_of(self, ratio: np.ndarray) -> np.ndarray:
-    return 1.0 / (1.0 + ratio)
-
-  def time_of(self, ratio: np.ndarray) -> np.ndarray:
-    return ratio / (1.0 + ratio)
-
-
-def shifted(u: Array, shift: float) -> Array:
-  """Times moved towards noise (shift > 1) or towards the picture (< 1).
-
-  Esser et al. 2024, equation 23. Pictures whose content shows through much
-  noise (few, large, flat objects) leave only the noisiest times for the text to
-  decide anything; a shift gives those more of the training.
-  """
-  return shift * u / (1.0 + (shift - 1.0) * u)
-
-
-def resolution_shift(resolution: int, base: int) -> float:
-  """The shift at which a larger picture is as uncertain as one of side `base`.
-
-  Esser et al. 2024, section 5.3.2: the root of the ratio of the numbers of pixels.
-  """
-  return resolution / base
-
-
 def expand(x: Array, ndim: int) -> Array:
   """x [B] or a scalar as [B, 1, ...], to go with arrays of `ndim` axes."""
   return x.reshape(*x.shape, *(1,) * (ndim - x.ndim)) if getattr(x, "ndim", 0) else x
 
 
-def _module(x: Array | np.ndarray) -> ModuleType:
+def module_of(x: Array | np.ndarray) -> ModuleType:
   """numpy for numpy's arrays, which are computed in float64 on the host; else jax.numpy."""
   return np if isinstance(x, (np.ndarray, np.generic)) else jnp

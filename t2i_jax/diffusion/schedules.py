@@ -4,13 +4,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from t2i_jax.diffusion.process import (
-  DiscreteProcess,
-  Process,
-  RectifiedFlow,
-  VarianceExploding,
-  VariancePreserving,
-)
+from t2i_jax.diffusion.continuous import RectifiedFlow, VarianceExploding, VariancePreserving
+from t2i_jax.diffusion.process import DiscreteProcess, Process
 from t2i_jax.errors import UserError, unknown
 
 

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from t2i_jax.diffusion.process import Process, VarianceExploding
+from t2i_jax.diffusion.continuous import VarianceExploding
+from t2i_jax.diffusion.process import Process
 from t2i_jax.errors import UserError, unknown
 
 Array = jax.Array

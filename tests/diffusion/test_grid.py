@@ -2,8 +2,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from t2i_jax.diffusion.continuous import shifted
 from t2i_jax.diffusion.grid import CONVENTIONS, Grid, make_grid, start_index
-from t2i_jax.diffusion.process import CLEAN, shifted
+from t2i_jax.diffusion.process import CLEAN
 from t2i_jax.diffusion.schedules import linear, make_process, scaled_linear
 from t2i_jax.errors import UserError
 

@@ -3,14 +3,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t2i_jax.diffusion.process import (
-  CLEAN,
+from t2i_jax.diffusion.continuous import (
   RectifiedFlow,
   VarianceExploding,
   VariancePreserving,
-  expand,
   shifted,
 )
+from t2i_jax.diffusion.process import CLEAN, expand
 from t2i_jax.diffusion.schedules import (
   OPTIONS,
   cosine,

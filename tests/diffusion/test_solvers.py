@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from t2i_jax.diffusion import solvers, thresholding
+from t2i_jax.diffusion.continuous import resolution_shift
 from t2i_jax.diffusion.grid import Grid, make_grid
 from t2i_jax.diffusion.parameterization import Prediction, noise_of
-from t2i_jax.diffusion.process import resolution_shift
 from t2i_jax.diffusion.schedules import make_process
 from t2i_jax.diffusion.solvers import SOLVERS, Evaluation, make_solver, solve, start_noise
 from t2i_jax.errors import UserError

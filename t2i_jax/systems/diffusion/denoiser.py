@@ -17,8 +17,9 @@ import numpy as np
 
 from t2i_jax.diffusion import variance
 from t2i_jax.diffusion.combination import check_combination
+from t2i_jax.diffusion.continuous import shifted
 from t2i_jax.diffusion.parameterization import make_parameterization
-from t2i_jax.diffusion.process import DiscreteProcess, expand, shifted
+from t2i_jax.diffusion.process import DiscreteProcess, expand
 from t2i_jax.diffusion.schedules import make_process
 from t2i_jax.diffusion.timesteps import make_density
 from t2i_jax.diffusion.weighting import make_weighting
