@@ -20,7 +20,8 @@ from t2i_jax.text.tokenizer import Tokenizers
 from t2i_jax.weights.safetensors_file import write_safetensors
 from t2i_jax.weights.stored import open_weights
 from t2i_jax.weights.unet import diffusers_map, widths_of
-from t2i_jax.weights.unet_config import PLAIN, from_diffusers, to_diffusers
+from t2i_jax.weights.unet_config import from_diffusers, to_diffusers
+from t2i_jax.weights.unet_settings import PLAIN
 from t2i_jax.weights.unet_single_file import map_of
 
 CLASSES = ("DDPMPipeline", "DDIMPipeline")

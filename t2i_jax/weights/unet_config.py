@@ -8,58 +8,10 @@ from typing import Any
 
 from t2i_jax.errors import UserError
 from t2i_jax.weights.unet import Options
+from t2i_jax.weights.unet_settings import CONDITIONED, FIXED, FIXED_OF, KINDS, PLAIN, checked
 
-PLAIN, CONDITIONED = "UNet2DModel", "UNet2DConditionModel"
 SIZE_WIDTH = 256  # of the embedding of one of SDXL's numbers
 HEAD_CHANNELS = 64  # where a number of heads is given, and this is not read
-
-# What must be so, and what diffusers takes where its config.json is silent.
-_FIXED = {
-  "center_input_sample": False, "act_fn": "silu", "mid_block_scale_factor": 1,
-  "time_embedding_type": "positional", "class_embed_type": None,
-}  # fmt: skip
-_FIXED_OF = {
-  PLAIN: {"mid_block_type": "UNetMidBlock2D", "add_attention": True},
-  CONDITIONED: {
-    "mid_block_type": "UNetMidBlock2DCrossAttn", "only_cross_attention": False,
-    "reverse_transformer_layers_per_block": None, "encoder_hid_dim": None,
-    "encoder_hid_dim_type": None, "dual_cross_attention": False, "resnet_skip_time_act": False,
-    "resnet_out_scale_factor": 1.0, "time_embedding_act_fn": None, "timestep_post_act": None,
-    "time_cond_proj_dim": None, "conv_in_kernel": 3, "conv_out_kernel": 3,
-    "attention_type": "default", "class_embeddings_concat": False,
-    "mid_block_only_cross_attention": None, "cross_attention_norm": None,
-  },
-}  # fmt: skip
-_DEFAULTS = {
-  "sample_size": None, "time_embedding_dim": None, "freq_shift": 0, "flip_sin_to_cos": True,
-  "layers_per_block": 2, "downsample_padding": 1, "dropout": 0.0, "attention_head_dim": 8,
-  "norm_num_groups": 32, "norm_eps": 1e-5, "resnet_time_scale_shift": "default",
-  "num_class_embeds": None,
-}  # fmt: skip
-_DEFAULTS_OF = {
-  PLAIN: {
-    "in_channels": 3, "out_channels": 3, "block_out_channels": (224, 448, 672, 896),
-    "down_block_types": ("DownBlock2D", *3 * ["AttnDownBlock2D"]),
-    "up_block_types": (*3 * ["AttnUpBlock2D"], "UpBlock2D"),
-    "downsample_type": "conv", "upsample_type": "conv", "attn_norm_num_groups": None,
-    "num_train_timesteps": None,
-  },
-  CONDITIONED: {
-    "in_channels": 4, "out_channels": 4, "block_out_channels": (320, 640, 1280, 1280),
-    "down_block_types": (*3 * ["CrossAttnDownBlock2D"], "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", *3 * ["CrossAttnUpBlock2D"]),
-    "cross_attention_dim": 1280, "transformer_layers_per_block": 1, "num_attention_heads": None,
-    "use_linear_projection": False, "addition_embed_type": None, "addition_time_embed_dim": None,
-    "projection_class_embeddings_input_dim": None, "upcast_attention": False,
-    "addition_embed_type_num_heads": 64,
-  },
-}  # fmt: skip
-# Kinds of levels on the way down and up: plain, attending, and with sampling residual blocks.
-_KINDS = {
-  PLAIN: (("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"),
-          ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D")),
-  CONDITIONED: (("DownBlock2D", "CrossAttnDownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")),
-}  # fmt: skip
 
 
 def from_diffusers(published: Mapping[str, Any]) -> dict[str, Any]:
@@ -69,9 +21,9 @@ def from_diffusers(published: Mapping[str, Any]) -> dict[str, Any]:
     UserError: for what our network has not, by the name of its setting.
   """
   kind = published.get("_class_name")
-  if kind not in _KINDS:
-    raise UserError(f"a U-Net of class {kind} is not known; known: {', '.join(_KINDS)}")
-  given = _checked(kind, published)
+  if kind not in KINDS:
+    raise UserError(f"a U-Net of class {kind} is not known; known: {', '.join(KINDS)}")
+  given = checked(kind, published)
   channels = given["block_out_channels"]
   base = channels[0]
   multipliers = tuple(width // base if width % base == 0 else width / base for width in channels)
@@ -123,9 +75,9 @@ def to_diffusers(options: Options) -> dict[str, Any]:
     1 if i in options["attention_levels"]
     else 2 if kind == PLAIN and options["block_resample"] else 0
   )  # fmt: skip
-  down, up = _KINDS[kind]
+  down, up = KINDS[kind]
   config = {
-    "_class_name": kind, **_FIXED, **_FIXED_OF[kind],
+    "_class_name": kind, **FIXED, **FIXED_OF[kind],
     "sample_size": options["resolution"] or None,
     "in_channels": options["in_channels"],
     "out_channels": options["out_channels"],
@@ -160,24 +112,6 @@ def linear_projections(options: Options) -> bool:
   return not options["heads"]
 
 
-def _checked(kind: str, published: Mapping[str, Any]) -> dict[str, Any]:
-  """A config with the defaults of what it leaves out, its lists as tuples."""
-  fixed = _FIXED | _FIXED_OF[kind]
-  defaults = fixed | _DEFAULTS | _DEFAULTS_OF[kind]
-  tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in published.items()}
-  given = defaults | {k: v for k, v in tuples.items() if not k.startswith("_")}
-  for name, value in given.items():
-    if name not in defaults and value not in (None, False):
-      raise UserError(f"a U-Net with {name}={value} is not known")
-    if name in fixed and (value or None) != (fixed[name] or None):
-      raise UserError(f"a U-Net with {name}={value} is not known, only with {fixed[name]}")
-  for name in ("block_out_channels", "down_block_types", "up_block_types"):
-    if not isinstance(given[name], tuple) or len(given[name]) != len(given["down_block_types"]):
-      raise UserError(f"a U-Net with {name}={given[name]} is not known, only with an entry for "
-                      "each level")
-  return given
-
-
 def _same(given: Mapping[str, Any], name: str) -> Any:
   value = given[name]
   if not isinstance(value, tuple):
@@ -204,7 +138,7 @@ def _side(sample_size: Any) -> int:
 def _attending(kind: str, given: Mapping[str, Any]) -> tuple[int, ...]:
   levels = []
   for name, known, ordered in zip(
-    ("down_block_types", "up_block_types"), _KINDS[kind], (1, -1), strict=True
+    ("down_block_types", "up_block_types"), KINDS[kind], (1, -1), strict=True
   ):
     unknown = [block for block in given[name] if block not in known]
     if unknown:
