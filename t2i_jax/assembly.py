@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from etils import epath
 from ml_collections import ConfigDict
 
+from t2i_jax import batch_spec, export, systems, workdirs
 from t2i_jax import config as configs
-from t2i_jax import export, systems, workdirs
 from t2i_jax.errors import UserError, unknown
 from t2i_jax.parallel.distributed import is_primary
 from t2i_jax.systems import trees
@@ -71,6 +71,30 @@ def _described(about: Mapping[str, Any]) -> dict[str, System]:
     name: build_with(configs.from_json(json.dumps(part["config"])), part["components"])
     for name, part in about.items()
   }
+
+
+def check_fits(system: System, exported: export.Export) -> None:
+  """Raises UserError unless the export's arrays are those that its system has now."""
+  kept = lambda variables, names: {  # noqa: E731
+    kind: {name: tree for name, tree in groups.items() if name in names}
+    for kind, groups in variables.items()
+  }
+  frozen = kept(exported.variables, system.frozen_groups)
+  wanted = jax.eval_shape(
+    lambda batch, frozen: system.init(jax.random.key(0), batch, frozen),
+    batch_spec.abstract_batch(system, 2), frozen,
+  )  # fmt: skip
+  shapes = lambda variables: {  # noqa: E731
+    name: x.shape for name, x in trees.flatten(kept(variables, system.ema_groups)).items()
+  }
+  wanted, given = shapes(wanted), shapes(exported.variables)
+  wrong = sorted(k for k in wanted | given if wanted.get(k) != given.get(k))
+  if wrong:
+    raise UserError(
+      f"the export {exported.path} does not fit its config: {len(wrong)} of {len(wanted)} arrays "
+      f"are missing, have no place or have another shape, such as {wrong[0]}; use the version of "
+      "t2i_jax that wrote it, or export its run again"
+    )
 
 
 def load_components(config: ConfigDict, workdir: epath.Path | None = None) -> Components:

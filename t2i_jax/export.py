@@ -11,7 +11,6 @@
 import dataclasses
 import hashlib
 import json
-import math
 import os
 import tempfile
 from collections.abc import Mapping
@@ -23,8 +22,8 @@ from ml_collections import ConfigDict
 
 import t2i_jax
 from t2i_jax import config as configs
-from t2i_jax import systems
 from t2i_jax.errors import UserError
+from t2i_jax.model_card import model_card
 from t2i_jax.systems import trees
 from t2i_jax.text.tokenizer import Tokenizers
 from t2i_jax.weights.stored import Stored
@@ -241,61 +240,6 @@ def add_to_card(path: str | os.PathLike, notes: str) -> None:
   """Adds Markdown, such as scores, to an export's model card."""
   card = located(path) / CARD
   card.write_text(f"{card.read_text().rstrip()}\n\n{notes}\n")
-
-
-def model_card(
-  config: ConfigDict, step: int, flat: Mapping[str, Any], ema: bool, notes: str
-) -> str:
-  """The export's README."""
-  parameters = sum(math.prod(v.shape) for k, v in flat.items() if k.startswith("params/"))
-  if config.system == "pretrained_text":
-    model = config.model
-    return f"""# A text encoder of kind {model.kind}, converted
-
-| | |
-|---|---|
-| tokens a caption | {config.text.length} |
-| sequence | {"masked" if model.masked else "padding in sight"}{
-               f", of layer {model.layer}" if model.kind == "clip" else ""} |
-| parameters | {parameters:,} |
-
-Train on it, frozen:
-
-    python -m t2i_jax.main --config=configs/ddpm.py --workdir=RUN \\
-      --config.text.encoder=component --config.components.text_encoder=PATH
-
-{notes}"""
-  draws = systems.load(config.system).Options is not None
-  use = """Draw pictures with it:
-
-    python -m t2i_jax.sample --export=PATH --prompt="..."
-""" if draws else """Build another system on it, in which it is frozen:
-
-    python -m t2i_jax.main --config=CONFIG --workdir=RUN --config.components.NAME=PATH
-"""
-  if not step:
-    return f"""# {config.system}, converted
-
-| | |
-|---|---|
-| system | `{config.system}` |
-| parameters | {parameters:,} |
-
-{use}
-{notes}"""
-  return f"""# {config.system}, trained on {config.data.name}
-
-| | |
-|---|---|
-| system | `{config.system}` |
-| data set | `{config.data.name}` {dict(config.data.options)} |
-| steps | {step} of batch {config.train.batch_size} |
-| parameters | {parameters:,} |
-| weights | {f"moving average, decay {config.ema.decay}" if ema and config.ema.decay
-             else "of the last step, not averaged"} |
-
-{use}
-{notes}"""
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from t2i_jax import assembly, batch_spec, export, guiding
+from t2i_jax import assembly, export, guiding
 from t2i_jax.errors import UserError
 from t2i_jax.parallel.compiler_flags import compiler_options
 from t2i_jax.parallel.mesh import batch_sharding, batch_shards, make_mesh, replicated
@@ -83,7 +83,7 @@ class Pipeline:
       exported = guiding.guided(exported, guide)
     devices = make_mesh(mesh or {"data": -1})
     system = assembly.build_with(exported.config, exported.components)
-    _check_fits(system, exported)
+    assembly.check_fits(system, exported)
     names = system.text.frozen_groups if offload_text else ()
     resting, working = trees.split(exported.variables, names)
     rules = parse_rules(exported.config.sharding.rules)
@@ -309,27 +309,3 @@ class Pipeline:
 
   def _finished(self, variables, drawn):
     return to_uint8(self.system.finish(variables, drawn))
-
-
-def _check_fits(system: System, exported: export.Export) -> None:
-  """Raises UserError unless the export's arrays are those that its system has now."""
-  kept = lambda variables, names: {  # noqa: E731
-    kind: {name: tree for name, tree in groups.items() if name in names}
-    for kind, groups in variables.items()
-  }
-  frozen = kept(exported.variables, system.frozen_groups)
-  wanted = jax.eval_shape(
-    lambda batch, frozen: system.init(jax.random.key(0), batch, frozen),
-    batch_spec.abstract_batch(system, 2), frozen,
-  )  # fmt: skip
-  shapes = lambda variables: {  # noqa: E731
-    name: x.shape for name, x in trees.flatten(kept(variables, system.ema_groups)).items()
-  }
-  wanted, given = shapes(wanted), shapes(exported.variables)
-  wrong = sorted(k for k in wanted | given if wanted.get(k) != given.get(k))
-  if wrong:
-    raise UserError(
-      f"the export {exported.path} does not fit its config: {len(wrong)} of {len(wanted)} arrays "
-      f"are missing, have no place or have another shape, such as {wrong[0]}; use the version of "
-      "t2i_jax that wrote it, or export its run again"
-    )

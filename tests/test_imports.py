@@ -26,7 +26,7 @@ LAYERS = (
   ("systems", "weights"),
   ("training",),
   ("recipe", "bucketing", "batch_spec", "run_data", "workdirs", "assembly", "tokenizing", "guiding",
-   "caches", "export", "restore", "pipeline", "hooks", "command", "prompts"),
+   "caches", "model_card", "export", "restore", "pipeline", "hooks", "command", "prompts"),
   ("main", "sample", "evaluate", "evaluation", "feature_networks", "convert", "conversion",
    "precompute", "precompute_text", "precompute_latents", "plan", "planning", "adapters",
    "data.prepare"),
