@@ -22,7 +22,7 @@ from t2i_jax.parallel.sharding import parse_rules, place, shardings
 from t2i_jax.systems import trees
 from t2i_jax.systems.base import System
 from t2i_jax.systems.capabilities import Editor, Finisher, Sampler, make_options, require
-from t2i_jax.systems.pictures import to_uint8
+from t2i_jax.systems.pictures import quantize_images
 from t2i_jax.systems.randomness import picture_keys
 from t2i_jax.text.tokenizer import Tokenizers
 
@@ -305,7 +305,7 @@ class Pipeline:
     return self.system.sample(variables, conditioning, keys, options)
 
   def _pictures(self, *call):
-    return to_uint8(self._drawn(*call))
+    return quantize_images(self._drawn(*call))
 
   def _finished(self, variables, drawn):
-    return to_uint8(self.system.finish(variables, drawn))
+    return quantize_images(self.system.finish(variables, drawn))

@@ -11,6 +11,6 @@ def normalize_images(images: Array) -> Array:
   return images.astype(jnp.float32) / 127.5 - 1.0
 
 
-def to_uint8(images: Array) -> Array:
-  """Pictures in [-1, 1] as uint8."""
+def quantize_images(images: Array) -> Array:
+  """Pictures [B, H, W, 3] in [-1, 1], clipped, to uint8: the inverse of `normalize_images`."""
   return jnp.clip(jnp.round((images + 1.0) * 127.5), 0, 255).astype(jnp.uint8)
