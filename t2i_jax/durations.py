@@ -1,6 +1,10 @@
 """Durations as a config has them, "10 epochs" or "5%", and in steps."""
 
 import math
+from collections.abc import Callable
+from typing import Any
+
+from ml_collections import ConfigDict
 
 from t2i_jax.errors import UserError
 
@@ -72,3 +76,16 @@ def steps_of(
   if steps > 2**31 - 1:
     raise UserError(f"{key}={value!r} is {steps:.3g} steps; a run has at most 2147483647")
   return max(round(steps), 1)
+
+
+def of_run(config: ConfigDict, epoch_size: int | None) -> Callable[[Any, str], int]:
+  """What turns a duration of a run, and its key, into steps; UserError for a run of none."""
+  size = config.train.batch_size
+  total = steps_of(config.train.duration, "train.duration", size, epoch_size)
+  if total == 0:
+    raise UserError("train.duration is 0, so there is nothing to train")
+
+  def of(value: Any, key: str) -> int:
+    return steps_of(value, key, size, epoch_size, total)
+
+  return of

@@ -1,6 +1,5 @@
 """`python -m t2i_jax.main --config=configs/NAME.py --workdir=DIR`: trains any system."""
 
-import json
 import math
 import time
 import zlib
@@ -18,11 +17,11 @@ from t2i_jax import (
   caches,
   command,
   config_files,
-  data,
   durations,
   export,
   guiding,
   run_data,
+  run_hooks,
   systems,
   tokenizing,
   workdirs,
@@ -31,8 +30,6 @@ from t2i_jax import config as configs
 from t2i_jax.data.loader import Loader
 from t2i_jax.data.prefetch import Prefetcher
 from t2i_jax.errors import UserError
-from t2i_jax.evaluation.training import MeasurePictures, RunScores, lines
-from t2i_jax.hooks import DrawReconstructions, DrawSamples, HeldOutLoss, default_prompts
 from t2i_jax.parallel.distributed import agree_any, agree_on, is_primary
 from t2i_jax.parallel.flops import peak_flops
 from t2i_jax.parallel.mesh import batch_sharding, batch_shards, check_batch, host_rows, make_mesh
@@ -40,14 +37,14 @@ from t2i_jax.parallel.sharding import put
 from t2i_jax.pipeline import Pipeline
 from t2i_jax.restore import Run, held_variables, on_host
 from t2i_jax.systems import trees
-from t2i_jax.systems.capabilities import FirstStage, Sampler, require
+from t2i_jax.systems.capabilities import Sampler
 from t2i_jax.training import loop
 from t2i_jax.training.compiled import CompiledStep
 from t2i_jax.training.preemption import StopSignal, exit_stopped
 from t2i_jax.training.profiling import Profile, parse_steps
 from t2i_jax.training.step import StepOptions, check_accumulation, check_division, make_step
 from t2i_jax.training.watchdog import PATIENCE, Watchdog
-from t2i_jax.training.writers import Progress, Writers, say
+from t2i_jax.training.writers import Progress, Writers, tell
 
 # Steps between two questions whether any host was asked to stop: it takes a collective.
 _ASK_EVERY = 10
@@ -147,7 +144,7 @@ def _train(
     None if "://" in str(workdir) else str(workdir),
   )
   if latents is not None:
-    _say(f"training on the latents in {config.data.latents}: an epoch is its {len(source)} pictures"
+    tell(f"training on the latents in {config.data.latents}: an epoch is its {len(source)} pictures"
          f"{', the first of an endless data set' if source.was_infinite else ''}")
   tokenizers = guiding.with_tokenizer(
     tokenizing.run_tokenizers(config, workdir, source, components.tokenizers), components.tokenizers
@@ -158,7 +155,7 @@ def _train(
     source, read_text, config.train.batch_size, config.seed, rows, config.data.workers
   )
   for line in tokenizing.truncated_captions(config, tokenizers, source.captions()):
-    _say(f"warning: {line}")
+    tell(f"warning: {line}")
   if source.buckets is not None:
     agree_on("the checksum of the pictures' shapes", zlib.crc32(source.buckets.of) >> 1,
              "give all processes the same files")
@@ -168,8 +165,8 @@ def _train(
   )
   check_division(system, config.train.batch_size, config.train.accumulate, batch_shards(mesh))
   for warning in check_accumulation(system, config.train.accumulate):
-    _say(f"warning: {warning}")
-  steps_of = _durations(config, None if source.infinite else len(source))
+    tell(f"warning: {warning}")
+  steps_of = durations.of_run(config, None if source.infinite else len(source))
   total = steps_of(config.train.duration, "train.duration")
 
   with jax.set_mesh(mesh), Writers(workdir, is_primary(), tensorboard) as writers:
@@ -184,7 +181,7 @@ def _train(
       pipeline = None
       if isinstance(system, Sampler):
         pipeline = Pipeline(system, tokenizers, mesh, config=config, resting=run.resting)
-      hooks, scores = _hooks(
+      hooks, scores = run_hooks.make_hooks(
         config, system, source, latents, read_text, pipeline, mesh, workdir, writers, run, steps_of,
         watchdog.alive,
       )
@@ -203,19 +200,19 @@ def _train(
       workdirs.claim_workdir(workdir, config, tokenizers)
       writers.truncate_after(run.step)
       begins = f"resuming at step {run.step}" if run.step else "beginning"
-      _say(f"ready to train after {time.monotonic() - started:.1f} s: {begins}, {total} steps of "
+      tell(f"ready to train after {time.monotonic() - started:.1f} s: {begins}, {total} steps of "
            f"{config.train.batch_size} examples")
       training_started = time.monotonic()
       sharding = batch_sharding(mesh)
       with Prefetcher(loader, lambda b: put(b, sharding), config.data.prefetch) as batches:
         with recorder:
           state, step = _loop(compiled, run, batches, options, writers, hooks, watchdog, recorder)
-      _say(f"trained to step {step}/{total} in {time.monotonic() - training_started:.1f} s")
+      tell(f"trained to step {step}/{total} in {time.monotonic() - training_started:.1f} s")
       if step >= total:
         variables = held_variables(system, state, ema=True)
         _export(config, workdir, trees.merge(variables, run.resting), step, tokenizers, components)
         if scores is not None:
-          _score(workdir, scores, step, variables)
+          run_hooks.score(workdir, scores, step, variables)
       return state, step >= total
     except BaseException as error:
       watchdog.failed(error)  # the checkpoints may wait for processes that wait for this one
@@ -261,87 +258,8 @@ def _loop(
       progress.close()
       watchdog.rest()
   if step < options.total:
-    _say(f"stopped as asked; step {step} is saved, and the same command goes on from there")
+    tell(f"stopped as asked; step {step} is saved, and the same command goes on from there")
   return state, step
-
-
-def _durations(config: ConfigDict, epoch_size: int | None):
-  """Turns a duration of this run into steps."""
-  size = config.train.batch_size
-  total = durations.steps_of(config.train.duration, "train.duration", size, epoch_size)
-  if total == 0:
-    raise UserError("train.duration is 0, so there is nothing to train")
-
-  def steps_of(value: Any, key: str) -> int:
-    return durations.steps_of(value, key, size, epoch_size, total)
-
-  return steps_of
-
-
-def _hooks(
-  config, system, source, latents, read_text, pipeline, mesh, workdir, writers, run: Run, steps_of,
-  alive
-) -> tuple[list[loop.Hook], RunScores | None]:
-  """What the run does beside stepping, and what measures its pictures, if anything.
-
-  What is wrong with it is found now, not hours later.
-  """
-  hooks: list[loop.Hook] = []
-  every = steps_of(config.evaluate.every, "evaluate.every")
-  if every:
-    for split in run_data.held_out_splits(config):
-      held_out = caches.open_split(config, split, system, latents)
-      read_text.check(held_out, f"{config.data.name}, {split}")
-      hooks.append(HeldOutLoss(
-        system, held_out, read_text, mesh, config.train.batch_size,
-        config.evaluate.batches, every, split, writers,
-      ))
-  every = steps_of(config.sample.every, "sample.every")
-  if pipeline is None:
-    if every and isinstance(system, FirstStage):
-      hooks.append(DrawReconstructions(
-        system, _held_out(config, source, system, decoded=True), mesh, config.sample.count, every,
-        workdir, writers,
-      ))
-    _is_scored(config, system)
-    return hooks, None
-  options = config.sample.options.to_dict()
-  if every or _is_scored(config, system):
-    pipeline.check(run.plan.abstract_state.variables(ema=True), **options)
-  scores = None
-  if _is_scored(config, system):
-    scores = RunScores(config, pipeline, mesh, workdir, alive)
-  measured = steps_of(config.evaluate.metrics_every, "evaluate.metrics_every")
-  if measured and scores is None:
-    raise UserError("evaluate.metrics_every is set, and there is nothing to measure; set "
-                    "evaluate.metrics and evaluate.pictures")
-  if measured:
-    hooks.append(MeasurePictures(scores, measured, writers))
-  if every:
-    prompts = list(config.sample.prompts) or default_prompts(
-      _held_out(config, source, system, decoded=False), config.sample.count
-    )
-    pipeline.read(prompts, len(prompts))
-    for line in pipeline.truncated(prompts):
-      _say(f"warning: {line}")
-    hooks.append(DrawSamples(
-      pipeline, prompts, every, config.sample.seed, options, workdir, writers
-    ))
-  return hooks, scores
-
-
-def _held_out(config, source, system, decoded: bool):
-  """The first held-out split that there is, else the training set; as `open_data` has it or not."""
-  side = batch_spec.resolution_of(system)
-  for split in run_data.held_out_splits(config):
-    try:
-      if decoded:
-        return run_data.open_data(config, split, side)
-      options = config.data.options.to_dict()
-      return data.open_source(config.data.name, split, side, config.seed, options)
-    except UserError as error:
-      _say(f"warning: samples are of the training split: {error}")
-  return source
 
 
 def _compile(compiled: CompiledStep, run: Run, batches: list[tuple[Any, float]]) -> float:
@@ -351,13 +269,13 @@ def _compile(compiled: CompiledStep, run: Run, batches: list[tuple[Any, float]])
   """
   state, peak, flops = run.plan.abstract_state, 0, 0.0
   several = f" for {len(batches)} shapes of pictures" if len(batches) > 1 else ""
-  _say(f"compiling the step{several}; a minute or so{' each' if several else ''}, and longer for "
+  tell(f"compiling the step{several}; a minute or so{' each' if several else ''}, and longer for "
        "large networks")
   for batch, share in batches:
     peak = max(peak, compiled.memory(state, batch).get("peak", 0))
     flops += share * compiled.flops(state, batch)
   needs = f", {peak / 2**20:,.0f} MiB a device" if peak else ""
-  _say(f"step compiled{several} in {compiled.compile_seconds:.1f} s: {flops:.3g} FLOPs{needs}")
+  tell(f"step compiled{several} in {compiled.compile_seconds:.1f} s: {flops:.3g} FLOPs{needs}")
   return flops
 
 
@@ -368,9 +286,9 @@ def _say_parameters(run: Run) -> None:
   try:
     from clu import parameter_overview
   except ImportError:
-    _say(f"{sum(x.size for x in jax.tree.leaves(params)):,} parameters (clu would list them)")
+    tell(f"{sum(x.size for x in jax.tree.leaves(params)):,} parameters (clu would list them)")
     return
-  _say(parameter_overview.get_parameter_overview(params, max_lines=30, include_stats=False))
+  tell(parameter_overview.get_parameter_overview(params, max_lines=30, include_stats=False))
 
 
 def _export(config, workdir, variables, step, tokenizers, components) -> None:
@@ -381,38 +299,7 @@ def _export(config, workdir, variables, step, tokenizers, components) -> None:
     )
     draws = systems.load(config.system).Options is not None
     use = f"; draw with: python -m t2i_jax.sample --export={path} --prompt='...'" if draws else ""
-    _say(f"export written to {path}{use}")
-
-
-def _is_scored(config, system) -> bool:
-  """Whether pictures are measured: the config asks for it, and something can be."""
-  if config.evaluate.metrics:
-    require(system, Sampler, "evaluate.metrics")
-    if not config.evaluate.pictures:
-      raise UserError("evaluate.metrics are of evaluate.pictures pictures, and that is 0; set it")
-    return True
-  judged = data.verifier(config.data.name) is not None and isinstance(system, Sampler)
-  return config.evaluate.pictures > 0 and judged
-
-
-def _score(workdir, scores: RunScores, step: int, variables) -> None:
-  """Measures pictures of held-out captions, prints the scores, and adds them to the export."""
-  started = time.monotonic()
-  found = scores.measure(step, variables, grids=True)
-  tables = [lines(split, of_split) for split, of_split in found.items()]
-  for text in tables:
-    _say(text)
-  _say(f"drawn and scored in {time.monotonic() - started:.1f} s")
-  if is_primary():
-    (workdir / "scores").mkdir(exist_ok=True)
-    (workdir / "scores" / "scores.json").write_text(json.dumps(found, indent=2) + "\n")
-    notes = "Of pictures drawn at the end of training:\n\n```\n" + "\n\n".join(tables) + "\n```"
-    export.add_to_card(workdir / "export", notes)
-
-
-def _say(line: str) -> None:
-  if is_primary():
-    say(line)
+    tell(f"export written to {path}{use}")
 
 
 if __name__ == "__main__":

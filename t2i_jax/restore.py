@@ -16,7 +16,7 @@ import t2i_jax
 from t2i_jax import assembly, batch_spec, export, workdirs
 from t2i_jax.errors import UserError
 from t2i_jax.parallel.compiler_flags import options_of
-from t2i_jax.parallel.distributed import agree_on, is_primary
+from t2i_jax.parallel.distributed import agree_on
 from t2i_jax.parallel.mesh import batch_sharding, make_mesh
 from t2i_jax.parallel.sharding import parse_rules, place, put, shardings
 from t2i_jax.systems import base, trees
@@ -26,7 +26,7 @@ from t2i_jax.training import state as states
 from t2i_jax.training.checkpoint import Checkpoints
 from t2i_jax.training.optimizers import make_optimizer, unmatched
 from t2i_jax.training.state import State
-from t2i_jax.training.writers import say
+from t2i_jax.training.writers import tell
 
 
 @dataclasses.dataclass
@@ -69,7 +69,7 @@ class Plan:
 
     pairs = {tuple(p) for section in sections.values() for p in section["multipliers"]}
     for pattern in unmatched(sorted(pairs), shapes):
-      _say(f"warning: optimizer.multipliers: no parameter's path has '{pattern}' in it")
+      tell(f"warning: optimizer.multipliers: no parameter's path has '{pattern}' in it")
 
     def initialise(batch, frozen) -> State:
       return states.create(system, optimizers, config.seed, batch, frozen, config.ema.decay > 0)
@@ -236,7 +236,7 @@ def _initialised(state: State, system: System, exported: export.Export) -> State
   collections = {kind: taken(kind, tree) for kind, tree in state.collections.items()}
   taken_groups = sorted(set(state.params) & set(exported.variables["params"]))
   fresh = sorted(set(state.params) - set(taken_groups))
-  _say(f"init_from={exported.path}: takes {', '.join(taken_groups)}"
+  tell(f"init_from={exported.path}: takes {', '.join(taken_groups)}"
        + (f"; starts {', '.join(fresh)} from scratch" if fresh else ""))
   copied = lambda tree: jax.tree.map(jax.numpy.copy, tree)  # noqa: E731
   return state.replace(
@@ -246,11 +246,6 @@ def _initialised(state: State, system: System, exported: export.Export) -> State
       for kind, groups in state.ema_collections.items()
     },
   )
-
-
-def _say(line: str) -> None:
-  if is_primary():
-    say(line)
 
 
 def _compare(path: Any, wanted: Mapping[str, Any], given: Mapping[str, Any]) -> None:

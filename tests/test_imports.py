@@ -27,9 +27,9 @@ LAYERS = (
   ("training",),
   ("recipe", "bucketing", "batch_spec", "run_data", "workdirs", "assembly", "tokenizing", "guiding",
    "caches", "model_card", "export", "restore", "pipeline", "hooks", "command", "prompts"),
-  ("main", "sample", "evaluate", "evaluation", "feature_networks", "convert", "conversion",
-   "precompute", "precompute_text", "precompute_latents", "plan", "planning", "adapters",
-   "data.prepare"),
+  ("main", "run_hooks", "sample", "evaluate", "evaluation", "feature_networks", "convert",
+   "conversion", "precompute", "precompute_text", "precompute_latents", "plan", "planning",
+   "adapters", "data.prepare"),
 )
 # What a folder must not know, beyond its layer.
 APART = {

@@ -13,6 +13,7 @@ from etils import epath
 from tqdm import tqdm
 
 from t2i_jax.errors import UserError
+from t2i_jax.parallel.distributed import is_primary
 
 
 class MetricWriter(Protocol):
@@ -283,6 +284,12 @@ class Progress:
 def say(line: str) -> None:
   """Prints a line on stderr without tearing a progress bar."""
   tqdm.write(line, file=sys.stderr)
+
+
+def tell(line: str) -> None:
+  """`say`, on the first host alone."""
+  if is_primary():
+    say(line)
 
 
 def _json_number(value: Any) -> float | int | None:
