@@ -40,7 +40,7 @@ def stratified(rng: Array, rows: int) -> Array:
 def logit_normal(rng: Array, rows: int, mean: float = 0.0, spread: float = 1.0) -> Array:
   """More of the middle times: the sigmoid of a normal (Esser et al. 2024, section 3.1).
 
-  `process.shifted` by s moves the normal's mean by log(s).
+  `continuous.shifted` by s moves the normal's mean by log(s).
   """
   return jnp.minimum(jax.nn.sigmoid(_normal(rng, rows, mean, spread)), BELOW_ONE)
 
