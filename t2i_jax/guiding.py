@@ -11,6 +11,7 @@ from t2i_jax import data, export
 from t2i_jax.errors import UserError
 from t2i_jax.systems import trees
 from t2i_jax.systems.base import GUIDE, System
+from t2i_jax.systems.capabilities import PictureGuide
 from t2i_jax.text.tokenizer import Tokenizers
 
 
@@ -30,6 +31,32 @@ def guided(exported: export.Export, path: str | Path) -> export.Export:
     components={**exported.components, GUIDE: about},
     tokenizers=with_tokenizer(exported.tokenizers, {GUIDE: guide.tokenizers}),
   )
+
+
+def references(
+  system: System, image: np.ndarray | None, weights: Mapping[str, float]
+) -> dict[str, np.ndarray]:
+  """What a batch has for a system's guide, one row; see `PictureGuide.references`.
+
+  Raises:
+    UserError: as it and `picture_guide`.
+  """
+  return picture_guide(system).references(image, weights)
+
+
+def picture_guide(system: System) -> PictureGuide:
+  """A system's guide, which takes pictures.
+
+  Raises:
+    UserError: for a system without a guide, or with one that no picture tells anything.
+  """
+  guide = getattr(system, GUIDE, None)
+  if guide is None:
+    raise UserError("a guide's picture or weights are given and there is no guide; give one too")
+  if not isinstance(guide, PictureGuide):
+    raise UserError(f"the guide, a {type(guide).__name__}, takes no picture and no weights; leave "
+                    "them out")
+  return guide
 
 
 def with_tokenizer(tokenizers: Tokenizers, given: Mapping[str, Tokenizers]) -> Tokenizers:

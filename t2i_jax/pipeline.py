@@ -20,7 +20,7 @@ from t2i_jax.parallel.compiler_flags import compiler_options
 from t2i_jax.parallel.mesh import batch_sharding, batch_shards, make_mesh, replicated
 from t2i_jax.parallel.sharding import parse_rules, place, shardings
 from t2i_jax.systems import trees
-from t2i_jax.systems.base import System
+from t2i_jax.systems.base import GUIDE, System
 from t2i_jax.systems.capabilities import Editor, Finisher, Sampler, make_options, require
 from t2i_jax.systems.pictures import quantize_images
 from t2i_jax.systems.randomness import picture_keys
@@ -132,6 +132,8 @@ class Pipeline:
     negative: str = "",
     image: np.ndarray | None = None,
     known: np.ndarray | None = None,
+    guide_image: np.ndarray | None = None,
+    guide_weights: Mapping[str, float] | None = None,
     **options: Any,
   ) -> Iterator[np.ndarray]:
     """Draws one picture a prompt, and hands over each batch as soon as it is there.
@@ -146,6 +148,9 @@ class Pipeline:
       negative: a text in place of the empty one, from which guidance leads away.
       image: uint8 [H, W, 3], to begin with; the option `strength` says how much is drawn anew.
       known: bool [H, W], where the image is to stay.
+      guide_image: uint8 [H, W, 3] of the guide's resolution, for a guide that steers towards a
+        picture (`PictureGuide`).
+      guide_weights: of such a guide's kinds of likeness, by name.
       **options: of the system's sampler, such as `guidance` or `steps`.
 
     Yields:
@@ -153,7 +158,7 @@ class Pipeline:
 
     Raises:
       UserError: for an option that the system does not have, a seed or batch size out of range, or
-        a system that is not guided, or cannot begin with a picture.
+        a system that is not guided, or cannot begin with a picture or be guided by one.
     """
     prompts = [prompts] if isinstance(prompts, str) else prompts
     if not prompts:
@@ -164,6 +169,8 @@ class Pipeline:
       raise UserError(f"batch_size={batch_size} draws nothing; use 1 or more")
     chosen = make_options(self.system, options)
     begin = self._beginning(chosen, image, known)
+    if guide_image is not None or guide_weights:
+      begin[GUIDE] = guiding.references(self.system, guide_image, guide_weights or {})
     variables = self.variables if variables is None else variables
     shards = batch_shards(self.mesh)
     size = -(-min(batch_size, len(prompts)) // shards) * shards
@@ -192,7 +199,7 @@ class Pipeline:
 
   def _beginning(
     self, options: Any, image: np.ndarray | None, known: np.ndarray | None
-  ) -> dict[str, np.ndarray]:
+  ) -> dict[str, Any]:
     """What a batch has of a picture to begin with, [1, ...] each."""
     if image is None:
       if known is not None:
@@ -216,7 +223,7 @@ class Pipeline:
 
   def _encoded(
     self, variables: Any, encoders: Any, parts: list[list[str]], size: int, negative: str,
-    begin: Mapping[str, np.ndarray],
+    begin: Mapping[str, Any],
   ) -> Iterator[Any]:
     """The conditioning of each part of the prompts, filled up to `size`.
 
@@ -235,11 +242,9 @@ class Pipeline:
 
   def _encode(
     self, variables: Any, part: list[str], size: int, negative: str,
-    begin: Mapping[str, np.ndarray],
+    begin: Mapping[str, Any],
   ) -> Any:
-    batch = self.read(part, size) | {
-      name: np.repeat(array, size, axis=0) for name, array in begin.items()
-    }
+    batch = self.read(part, size) | jax.tree.map(lambda x: np.repeat(x, size, axis=0), begin)
     with jax.set_mesh(self.mesh):
       given = self._condition(variables, self._put(batch))
       if not negative:

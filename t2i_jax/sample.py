@@ -30,6 +30,8 @@ def main(argv: list[str] | None = None) -> None:
     "--option=eta=0.5",
     "python -m t2i_jax.sample --export=DIR --prompt='a dog' --image=cat.png --mask=head.png "
     "--negative='a cat'",
+    "python -m t2i_jax.sample --export=DIR --guide=runs/semantic/export --guide-image=cat.png "
+    "--guide-weight=style=50 --count=8",
   )
   add_export_flags(parser)
   parser.add_argument("--offload-text", action="store_true",
@@ -45,6 +47,12 @@ def main(argv: list[str] | None = None) -> None:
                       f"share S of the steps (all with a mask, {STRENGTH} without)")
   parser.add_argument("--mask", metavar="FILE",
                       help="of the picture: white is drawn anew, black stays")
+  parser.add_argument("--guide-image", metavar="FILE",
+                      help="a picture that semantic guidance leads to; --prompt may then be left "
+                      "out")
+  parser.add_argument("--guide-weight", action="append", default=[], metavar="KIND=WEIGHT",
+                      help="how much semantic guidance leads to the prompt (text) and to the "
+                      "picture's meaning (semantic), style and content; may be repeated")
   parser.add_argument("--count", type=int, default=1, help="pictures a prompt (1)")
   parser.add_argument("--output", default="samples", help="folder to write to (samples)")
   command.run(parser, argv, _sample)
@@ -108,6 +116,7 @@ def _sample(flags) -> None:
   )
   options = sampling_options(flags, pipeline.config, pipeline.system)
   image, known = _beginning(flags, pipeline.system, options)
+  guide = _leading(flags, pipeline.system)
   for line in pipeline.truncated(prompts):
     print(f"warning: {line}", file=sys.stderr)
   repeated = [prompt for prompt in prompts for _ in range(flags.count)]
@@ -118,7 +127,7 @@ def _sample(flags) -> None:
     # Each batch is on the disk before the next is drawn.
     for drawn in pipeline.batches(
       repeated, flags.seed, batch_size=flags.batch_size, negative=flags.negative, image=image,
-      known=known, **options,
+      known=known, **guide, **options,
     ):  # fmt: skip
       for picture in drawn:
         save_picture(output / f"{done:05d}_{_slug(repeated[done])}.png", picture)
@@ -135,7 +144,6 @@ def _beginning(flags, system, options) -> tuple[np.ndarray | None, np.ndarray | 
     if flags.mask:
       raise UserError(f"--mask={flags.mask} is of a picture to begin with; give --image too")
     return None, None
-  from t2i_jax.data.images import BadImage, decode
   from t2i_jax.systems.capabilities import Editor, require
 
   require(system, Editor, "--image")
@@ -143,20 +151,49 @@ def _beginning(flags, system, options) -> tuple[np.ndarray | None, np.ndarray | 
   if height != width:
     raise UserError(f"--image is cropped to a square, and {height} x {width} are to be drawn; make "
                     "height and width the same")
-  try:
-    image = decode(flags.image, height)
-    known = decode(flags.mask, height).mean(axis=-1) < 128 if flags.mask else None
-  except BadImage as error:
-    raise UserError(f"{error}; give a picture such as a PNG or JPEG") from error
+  image = _decoded(flags.image, height)
+  known = _decoded(flags.mask, height).mean(axis=-1) < 128 if flags.mask else None
   if known is None and not any(text.startswith("strength=") for text in flags.option):
     options["strength"] = STRENGTH
   return image, known
+
+
+def _leading(flags, system) -> dict[str, object]:
+  """What `Pipeline.batches` is told of the guide's picture and weights."""
+  from t2i_jax import guiding
+  from t2i_jax.values import typed
+
+  weights = {}
+  for text in flags.guide_weight:
+    kind, equals, value = text.partition("=")
+    if not equals:
+      raise UserError(f"--guide-weight={text} is not KIND=WEIGHT")
+    weights[kind] = typed(f"--guide-weight={kind}", value, 0.0)
+  if not flags.guide_image and not weights:
+    return {}
+  if not (flags.prompt or flags.prompts):
+    weights.setdefault("text", 0.0)  # the empty prompt leads nowhere
+  side = guiding.picture_guide(system).resolution
+  image = _decoded(flags.guide_image, side) if flags.guide_image else None
+  return {"guide_image": image, "guide_weights": weights}
+
+
+def _decoded(file: str, side: int) -> np.ndarray:
+  """A picture, uint8 [side, side, 3]."""
+  from t2i_jax.data.images import BadImage, decode
+
+  try:
+    return decode(file, side)
+  except BadImage as error:
+    raise UserError(f"{error}; give a picture such as a PNG or JPEG") from error
 
 
 def _prompts(flags) -> list[str]:
   prompts = list(flags.prompt)
   if flags.prompts:
     prompts += [prompt.text for prompt in read_prompts(flags.prompts)]
+  if not prompts and flags.guide_image:
+    return [""]
   if not prompts:
     raise UserError("no prompts: give --prompt='...' or --prompts=FILE with a prompt on each line")
   for prompt in prompts:

@@ -128,11 +128,55 @@ def test_systems_that_cannot_are_named():
     pipeline(Plain())(["a"], negative="b")
 
 
+class Like:
+  """A guide that notes what it is shown."""
+
+  resolution = SIDE
+
+  def references(self, image, weights):
+    given = {"weight": np.array([weights["style"]], np.float32)}
+    return given if image is None else {**given, "image": image[None]}
+
+
+class Led(Recorder):
+  """Draws the picture that its guide is shown, times its weight."""
+
+  guide = Like()
+
+  def condition(self, variables, batch):
+    given = super().condition(variables, batch)
+    shown = batch["guide"]
+    start = normalize_images(shown["image"]) * shown["weight"][:, None, None, None]
+    return given.replace(extra={**given.extra, "start": start})
+
+
+def test_a_guide_is_shown_the_picture_for_every_prompt():
+  drawn = pipeline(Led())(
+    ["a", "b c", "d"], guide_image=PICTURE, guide_weights={"style": 1.0}, batch_size=2
+  )
+  np.testing.assert_array_equal(drawn[:, 1:], np.stack([PICTURE[1:]] * 3))
+  half = pipeline(Led())(["a"], guide_image=PICTURE, guide_weights={"style": 0.5})
+  np.testing.assert_allclose(half[0, 1:] / 127.5 - 1, (PICTURE[1:] / 127.5 - 1) / 2, atol=5e-3)
+
+
+def test_a_picture_for_no_guide_is_refused():
+  with pytest.raises(UserError, match="there is no guide"):
+    DRAWS(["a"], guide_image=PICTURE)
+  deaf = Led()
+  object.__setattr__(deaf, "guide", Plain())
+  with pytest.raises(UserError, match="a Plain, takes no picture and no weights"):
+    pipeline(deaf)(["a"], guide_weights={"style": 1.0})
+
+
 @dataclasses.dataclass
 class Flags:
   image: str = ""
   mask: str = ""
   option: tuple[str, ...] = ()
+  guide_image: str = ""
+  guide_weight: tuple[str, ...] = ()
+  prompt: tuple[str, ...] = ()
+  prompts: str = ""
 
 
 @pytest.fixture
@@ -174,3 +218,28 @@ def test_files_that_cannot_be_read_are_named(files):
       sample._beginning(flags, Recorder(), {})
   with pytest.raises(UserError, match="height and width the same"):
     sample._beginning(Flags(image=f"{files / 'a.png'}"), Recorder(), {"height": 16})
+
+
+def test_the_command_shows_a_guide_a_picture(files):
+  picture = f"{files / 'a.png'}"
+  given = sample._leading(Flags(guide_image=picture, guide_weight=("style=2",)), Led())
+  np.testing.assert_array_equal(given["guide_image"], PICTURE)
+  # Without a prompt the text leads nowhere.
+  assert given["guide_weights"] == {"style": 2.0, "text": 0.0}
+  flags = Flags(guide_image=picture, prompt=("a",))
+  assert sample._leading(flags, Led())["guide_weights"] == {}
+  assert sample._prompts(flags) == ["a"] and sample._prompts(Flags(guide_image=picture)) == [""]
+  assert sample._leading(Flags(prompt=("a",)), Recorder()) == {}
+
+
+@pytest.mark.parametrize(
+  "flags, message",
+  [
+    (Flags(guide_weight=("style",)), "--guide-weight=style is not KIND=WEIGHT"),
+    (Flags(guide_weight=("style=x",)), "--guide-weight=style"),
+    (Flags(guide_image="none.png"), "no such file"),
+  ],
+)
+def test_what_the_command_cannot_show_is_named(flags, message):
+  with pytest.raises(UserError, match=message):
+    sample._leading(flags, Led())

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax.numpy as jnp
+import numpy as np
 
 from t2i_jax.errors import UserError, unknown
 from t2i_jax.systems.base import Array, Batch, Conditioning, System
@@ -121,14 +122,38 @@ class Guide(Protocol):
   def read(self, variables: Variables, batch: Batch) -> dict[str, Array]:
     """What it needs of prompts, for `Conditioning.extra`.
 
-    `batch` has their `label`, as far as they have `labels`, and, of guides that read text, `ids`
-    and `mask` by the guide's own tokenizer as `text`.
+    `batch` has their `label`, as far as they have `labels`, of guides that read text `ids` and
+    `mask` by the guide's own tokenizer as `text`, and what `PictureGuide.references` gave.
     """
 
   def log_prob(
     self, variables: Variables, x_t: Array, t: Array, conditioning: Conditioning
   ) -> Array:
     """Of noised pictures [B, ...] at times [B] of the process, [B]; the times may be fractional."""
+
+
+@runtime_checkable
+class PictureGuide(Protocol):
+  """A guide that steers towards a picture too.
+
+  Attributes:
+    resolution: side of the picture in pixels.
+  """
+
+  resolution: int
+
+  def references(
+    self, image: np.ndarray | None, weights: Mapping[str, float]
+  ) -> dict[str, np.ndarray]:
+    """For the batch that `Guide.read` is given, with one row.
+
+    Args:
+      image: uint8 [H, W, 3], to be like, if any.
+      weights: of kinds of likeness, by name; the guide's own for those that are not there.
+
+    Raises:
+      UserError: for a picture of another size, or weights that it does not have or cannot use.
+    """
 
 
 @runtime_checkable

@@ -117,6 +117,16 @@ def test_a_guide_of_scale_0_is_no_guide(solver):
   np.testing.assert_array_equal(guided, draw(PLAIN, solver=solver))
 
 
+def test_what_a_guide_is_shown_reaches_it():
+  class Reader(Observer):
+    def read(self, variables, batch):
+      return {name: x for name, x in batch.items() if x is not None}
+
+  system = Gaussian(NO_TEXT, components={GUIDE: Reader()})
+  shown = {"image": np.ones((2, SIDE, SIDE, 3), np.uint8), "weights": np.ones((2, 4), np.float32)}
+  assert system.condition(OBSERVED, {GUIDE: shown}).extra[GUIDE] == shown
+
+
 def test_a_guide_of_another_process_is_refused():
   with pytest.raises(UserError, match="noised by another process"):
     Gaussian(NO_TEXT, components={GUIDE: Observer(schedule="linear")})

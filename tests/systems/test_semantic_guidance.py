@@ -10,7 +10,7 @@ from t2i_jax.data import open_source
 from t2i_jax.errors import UserError
 from t2i_jax.systems import trees
 from t2i_jax.systems.base import Conditioning
-from t2i_jax.systems.capabilities import Evaluated, Guide
+from t2i_jax.systems.capabilities import Evaluated, Guide, PictureGuide
 from t2i_jax.systems.conditioning import TextConditioner
 from t2i_jax.systems.guides.semantic_guidance import (
   ENCODER,
@@ -90,7 +90,7 @@ def test_begins_as_clip_itself(variables, frozen):
 
 
 def test_capabilities(variables):
-  assert isinstance(SYSTEM, Guide) and isinstance(SYSTEM, Evaluated)
+  assert all(isinstance(SYSTEM, can) for can in (Guide, PictureGuide, Evaluated))
   assert SYSTEM.labels == () and SYSTEM.reads_text and SYSTEM.frozen_groups == ("clip",)
   (player,) = SYSTEM.players
   assert player.trains == SYSTEM.ema_groups == (ENCODER,)
@@ -130,6 +130,39 @@ def test_a_picture_is_most_like_its_own_noised_self(moved):
     best = 1.0 if kind == "semantic" else 0.0
     np.testing.assert_allclose(run(same), best, atol=1e-4)
     assert np.all(run(pictures(5)) < best - 1e-4), kind
+
+
+def test_what_a_user_gives_is_what_guides(moved):
+  image = np.asarray(batch_of(8, 1)["image"][0])
+  text = {"text": {"ids": IDS[:1], "mask": IDS[:1] > 0}}
+  # With no weight of it a picture is to be like in its meaning, as much as the text.
+  for given, expected in (
+    ({}, weights(text=100.0, semantic=100.0)),
+    ({"text": 0.0}, weights(semantic=100.0)),
+    ({"style": 3.0, "text": 2.0}, weights(text=2.0, style=3.0)),
+    ({"content": 5.0}, weights(text=100.0, content=5.0)),
+  ):
+    extra = SYSTEM.read(moved, text | SYSTEM.references(image, given))
+    np.testing.assert_array_equal(extra[GIVEN_WEIGHTS], expected[:1])
+    np.testing.assert_allclose(extra[IMAGE][0], image / 127.5 - 1, atol=1e-6)
+  extra = SYSTEM.read(moved, text | SYSTEM.references(None, {"text": 7.0}))
+  np.testing.assert_array_equal(extra[GIVEN_WEIGHTS], weights(text=7.0)[:1])
+  assert set(extra) == {TEXT, GIVEN_WEIGHTS}
+
+
+@pytest.mark.parametrize(
+  "size, given, message",
+  [
+    (16, {}, "picture is 16x16x3, and it sees 8x8x3"),
+    (8, {"stile": 1.0}, "kind of likeness 'stile'"),
+    (8, {"style": np.inf}, "style=inf is no finite number"),
+    (None, {"style": 1.0, "content": 2.0}, r"\(style, content\) have none to be like"),
+  ],
+)
+def test_what_cannot_guide_is_refused(size, given, message):
+  image = None if size is None else np.zeros((size, size, 3), np.uint8)
+  with pytest.raises(UserError, match=message):
+    SYSTEM.references(image, given)
 
 
 def test_references_are_noised_as_the_process_says_and_always_alike():

@@ -266,12 +266,13 @@ class Denoiser(base.System):
     """The condition of prompts with its null, what the guide reads of them, and what to begin with.
 
     `batch` may bring `image`, uint8 [B, H, W, 3], to begin with, and `known`, bool [B, H, W, 1],
-    where it is to stay.
+    where it is to stay; as `guide`, what the guide's `references` gave.
     """
     given = self.text.with_null(variables, batch)
     extra = {}
     if self.guide:
       read = {"label": batch.get("label"), "text": batch.get("text", {}).get(GUIDE)}
+      read |= batch.get(GUIDE, {})
       extra[GUIDE] = self.guide.read(trees.group(variables, GUIDE), read)
     if "image" in batch:
       extra[START] = self.encoded(variables, normalize_images(batch["image"]))

@@ -7,17 +7,19 @@ which no captions are needed.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from t2i_jax.diffusion.process import DiscreteProcess
 from t2i_jax.diffusion.schedules import make_process
 from t2i_jax.diffusion.timesteps import stratified
-from t2i_jax.errors import UserError
+from t2i_jax.errors import UserError, unknown
 from t2i_jax.systems import base, trees
 from t2i_jax.systems.base import Array, Aux, Batch, Conditioning, Field, Player
 from t2i_jax.systems.checks import check_positive
@@ -35,6 +37,7 @@ COMPONENT = "clip"
 # [B, H, W, 3] in [-1, 1]; weights [B, 4] in place of the config's, in the order of `WEIGHTS`.
 TEXT, IMAGE, GIVEN_WEIGHTS = "guide_text", "guide_image", "guide_weights"
 WEIGHTS = ("text_weight", "semantic_weight", "style_weight", "content_weight")
+KINDS = tuple(name.removesuffix("_weight") for name in WEIGHTS)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,7 +51,8 @@ class SemanticGuidance(base.System):
     time_width: of the embedding of times.
     scale: of the cosines that are to match in training.
     text_weight: of the cosine of picture and text.
-    semantic_weight: of the cosine of picture and reference.
+    semantic_weight: of the cosine of picture and reference; where a reference is given and no
+      weight is of it, `text_weight`'s.
     style_weight: of the squared difference of the Gram matrices of all layers.
     content_weight: of the squared difference of the features of all layers, place by place.
     dtype: type of the computation.
@@ -121,9 +125,40 @@ class SemanticGuidance(base.System):
     """The loss in nats, the cosine with the clean picture, and whether it is the nearest, [B]."""
     return self._terms(variables, batch, rng)[0]
 
+  def references(
+    self, image: np.ndarray | None, weights: Mapping[str, float]
+  ) -> dict[str, np.ndarray]:
+    """See `PictureGuide`; the weights are of `text`, `semantic`, `style` and `content`."""
+    side = self.resolution
+    if image is not None and image.shape != (side, side, 3):
+      raise UserError(f"the guide's picture is {'x'.join(map(str, image.shape))}, and it sees "
+                      f"{side}x{side}x3; resize it")
+    for kind, weight in weights.items():
+      if kind not in KINDS:
+        raise unknown("kind of likeness", kind, KINDS)
+      if not math.isfinite(weight):
+        raise UserError(f"the guide's weight {kind}={weight} is no finite number")
+    chosen = {kind: getattr(self, name) for kind, name in zip(KINDS, WEIGHTS, strict=True)}
+    chosen |= weights
+    of_picture = any(chosen[kind] for kind in KINDS[1:])
+    if image is None:
+      if of_picture:
+        raise UserError("the guide's weights of likeness to a picture ("
+                        f"{', '.join(kind for kind in KINDS[1:] if chosen[kind])}) have none to be "
+                        "like; give a picture too")
+    elif not of_picture:
+      chosen["semantic"] = self.text_weight
+    given = {"weights": np.array([[chosen[kind] for kind in KINDS]], np.float32)}
+    return given if image is None else {**given, "image": image[None]}
+
   def read(self, variables: Variables, batch: Batch) -> dict[str, Array]:
-    """CLIP's embeddings of prompts."""
-    return {TEXT: self.clean_clip.embed_text(trees.group(variables, COMPONENT), batch["text"])}
+    """CLIP's embeddings of prompts; the picture and the weights of `references`."""
+    extra = {TEXT: self.clean_clip.embed_text(trees.group(variables, COMPONENT), batch["text"])}
+    if "image" in batch:
+      extra[IMAGE] = normalize_images(batch["image"])
+    if "weights" in batch:
+      extra[GIVEN_WEIGHTS] = batch["weights"]
+    return extra
 
   def log_prob(
     self, variables: Variables, x_t: Array, t: Array, conditioning: Conditioning
