@@ -53,15 +53,13 @@ def _plan(flags, settings: Sequence[str]) -> None:
   from t2i_jax.parallel.topology import chip_of, slice_mesh
   from t2i_jax.planning import published, report
 
-  names = dict(published.OF_SYSTEM.get(config.system, {}))
-  if config.text.encoder != "component":
-    names = {name: what for name, what in names.items() if not name.startswith("text_encoder")}
+  also = {}
   for text in flags.component:
     name, equals, what = text.partition("=")
     if not equals:
       raise UserError(f"--component={text}: write NAME=PUBLISHED, such as text_encoder=clip-l")
-    names[name] = what
-  names = {name: what for name, what in names.items() if name not in config.components}
+    also[name] = what
+  names = published.names_of(config, also)
   chip = chip_of(flags.topology)
   mesh = slice_mesh(flags.topology, config.mesh.to_dict(), flags.slices)
   slices = f"{flags.slices} x {flags.topology}" if flags.slices > 1 else flags.topology

@@ -1,6 +1,8 @@
 """What a TPU chip can do, by generation.
 
-Source: https://cloud.google.com/tpu/docs (v4, v5e, v5p, v6e), system architecture.
+Source: https://cloud.google.com/tpu/docs (v4, v5e, v5p, v6e), system architecture. The data
+centre's network is given there for a chip of v5p, 50 Gbit/s, and for a pod of 256 chips of v5e and
+v6e, 6.4 and 25.6 Tbit/s; of v4 it is not given.
 """
 
 import dataclasses
@@ -15,17 +17,19 @@ class Chip:
     flops: dense bfloat16 FLOP/s.
     memory_bandwidth: bytes/s.
     link_bandwidth: bytes/s between chips of a slice, all links and both directions together.
+    network_bandwidth: bytes/s from a chip to other slices; None where it is not published.
   """
 
   memory: int
   flops: float
   memory_bandwidth: float
   link_bandwidth: float
+  network_bandwidth: float | None = None
 
 
 CHIPS = {
   "v4": Chip(32 << 30, 275e12, 1228e9, 300e9),
-  "v5e": Chip(16 << 30, 197e12, 819e9, 200e9),
-  "v5p": Chip(95 << 30, 459e12, 2765e9, 600e9),
-  "v6e": Chip(32 << 30, 918e12, 1640e9, 448e9),
+  "v5e": Chip(16 << 30, 197e12, 819e9, 200e9, 3.125e9),
+  "v5p": Chip(95 << 30, 459e12, 2765e9, 600e9, 6.25e9),
+  "v6e": Chip(32 << 30, 918e12, 1640e9, 448e9, 12.5e9),
 }

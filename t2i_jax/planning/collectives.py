@@ -4,6 +4,12 @@ A collective in a loop's body counts as often as the loop runs. Bytes are of one
 the array that is gathered, reduced or exchanged, and `wire`, what a ring makes each chip send of
 it (Patarasuk and Yuan 2009, Bandwidth optimal all-reduce algorithms): of n chips, (n - 1)/n of the
 array for a gather or a scattered reduction, and twice that for a reduction that all get.
+
+A program for several slices is one slice's, in which the compiler has split what crosses between
+slices into stages: collectives inside the slice, as above, and a `send` and a `recv` of each chip's
+part that the host exchanges with the chips of the same place in the other slices, over the data
+centre's network. Those are kinds of their own, `all-reduce between slices` and so on, and what a
+chip sends of them is `network`, by the same formulas with slices in place of chips.
 """
 
 import dataclasses
@@ -20,6 +26,7 @@ BITS = {
   "pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "s32": 32, "u32": 32,
   "s64": 64, "u64": 64, "f16": 16, "bf16": 16, "f32": 32, "f64": 64, "c64": 64, "c128": 128,
 }  # fmt: skip
+_BETWEEN = "_xla_megascale_transfer_type="  # of what a host exchanges with other slices
 _SCATTERED = "all-reduce-scatter"  # what the TPU's compiler calls its fusions that do it
 
 
@@ -29,12 +36,13 @@ class Traffic:
 
   Attributes:
     calls: how many there are.
-    payload, wire: bytes; see the module's docstring.
+    payload, wire, network: bytes; see the module's docstring.
   """
 
   calls: int = 0
   payload: int = 0
   wire: int = 0
+  network: int = 0
 
 
 def traffic(text: str, devices: int) -> dict[str, Traffic]:
@@ -42,13 +50,14 @@ def traffic(text: str, devices: int) -> dict[str, Traffic]:
 
   Args:
     text: `compiled.as_text()`.
-    devices: that the program runs on, for collectives that name no groups.
+    devices: of a slice, for collectives that name no groups.
   """
   entry, computations = _computations(text)
   found: dict[str, Traffic] = {}
   for line, times, scattered in _walked(computations, entry, 1, False):
     kind = _kind(line)
     if kind is None:
+      _add_between_slices(found, line, times)
       continue
     group = _group_size(line, devices)
     size = _bytes(line, kind, group)
@@ -61,6 +70,32 @@ def traffic(text: str, devices: int) -> dict[str, Traffic]:
     total.payload += times * size
     total.wire += round(times * passes * share * size)
   return found
+
+
+def _add_between_slices(found: dict[str, Traffic], line: str, times: int) -> None:
+  """Adds what is sent to other slices, which a host is given by a `send`."""
+  sent = re.search(r" = \(([a-z]+\d*)\[([\d,]*)\].* send\(", line)
+  exchange = re.search(_BETWEEN + r'"(\w+)"', line)
+  if not sent or not exchange:
+    return  # the `recv` that belongs to it, or the end of either
+  slices = _members(re.search(r'_xla_megascale_target="\{([\d,:]+)\}', line))
+  kind = exchange[1].lower().replace("_", "-")
+  size = _size_of(sent[1], sent[2])
+  # A gather's part goes to each other slice; of what is reduced or exchanged, a slice's share.
+  share = slices - 1 if kind == "all-gather" else (slices - 1) / slices
+  passes = 2 if kind == "all-reduce" else 1
+  total = found.setdefault(f"{kind} between slices", Traffic())
+  total.calls += times
+  total.payload += times * size * (slices if kind == "all-gather" else 1)
+  total.network += round(times * passes * share * size)
+
+
+def _members(listed: re.Match | None) -> int:
+  """Of a list of numbers and ranges such as `1,2` or `1:4`; two of what names none."""
+  if listed is None:
+    return 2
+  ends = [[int(n) for n in part.split(":")] for part in listed[1].split(",")]
+  return sum(end[-1] - end[0] + 1 for end in ends)
 
 
 def _computations(text: str) -> tuple[str, dict[str, list[str]]]:
@@ -86,7 +121,7 @@ def _walked(
       if body:
         yield from _walked(computations, body[1], times * _trips(computations, line), scattered)
       continue
-    if _kind(line):
+    if _kind(line) or _BETWEEN in line:
       yield line, times, scattered
       continue
     for called in re.findall(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)",
@@ -135,7 +170,7 @@ def _bytes(line: str, kind: str, group: int) -> int:
   shapes = line.split(" = ", 1)[1]
   shapes = shapes[: re.search(rf"[\])}}] {kind}", shapes).start() + 1]
   sizes = [
-    math.ceil(math.prod(int(n) for n in dims.split(",") if n) * BITS[kind_] / 8)
+    _size_of(kind_, dims)
     for kind_, dims in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shapes) if kind_ in BITS
   ]  # fmt: skip
   if f"{kind}-start(" in line and len(sizes) > 1:
@@ -145,3 +180,8 @@ def _bytes(line: str, kind: str, group: int) -> int:
     sizes = [size for size in sizes if size > 8]
     return sum(sizes) // 2
   return sum(sizes) * (group if kind == "reduce-scatter" else 1)
+
+
+def _size_of(kind: str, dims: str) -> int:
+  """Bytes of an array `kind[dims]`."""
+  return math.ceil(math.prod(int(n) for n in dims.split(",") if n) * BITS[kind] / 8)

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from t2i_jax import config as configs
 from t2i_jax import systems
@@ -62,6 +63,20 @@ OF_SYSTEM: dict[str, dict[str, str]] = {
   "u_vit": {"first_stage": "kl-f8c4", "text_encoder": "clip-l"},
 }  # fmt: skip
 NAMES = (*ENCODERS, *AUTOENCODERS)
+
+
+def names_of(config: ConfigDict, also: Mapping[str, str] | None = None) -> dict[str, str]:
+  """What a config's components are taken as, by component, where it names no export of them.
+
+  Args:
+    config: of the run.
+    also: others, or others than the published ones.
+  """
+  names = dict(OF_SYSTEM.get(config.system, {}))
+  if config.text.encoder != "component":
+    names = {name: what for name, what in names.items() if not name.startswith("text_encoder")}
+  names |= also or {}
+  return {name: what for name, what in names.items() if name not in config.components}
 
 
 def component(name: str, resolution: int, dtype: Any) -> System:

@@ -73,11 +73,15 @@ class Report:
   def bounds(self) -> dict[str, float]:
     """Seconds that a step takes at least, by what would bind it."""
     wire = sum(found.wire for found in self.collectives.values())
-    return {
+    network = sum(found.network for found in self.collectives.values())
+    bounds = {
       "arithmetic": self.flops / self.chips / self.chip.flops,
       "memory": self.moved / self.chip.memory_bandwidth,
       "links": wire / self.chip.link_bandwidth,
     }
+    if network and self.chip.network_bandwidth:
+      bounds["network"] = network / self.chip.network_bandwidth
+    return bounds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +182,7 @@ def measure(
     else:
       needs = bytes_a_chip(program)
       moved = needs["arguments"] + needs["outputs"] + 2 * needs["temporaries"]
-      found = traffic(program.as_text(), mesh.size)
+      found = traffic(program.as_text(), mesh.size // mesh.shape["slice"])
     seconds = time.perf_counter() - started
   trained = {name for player in system.players for name in player.trains}
   sizes = {
@@ -208,7 +212,7 @@ def table(report: Report) -> str:
                + ("fits" if report.fits else "does not fit")))
   for kind, found in sorted(report.collectives.items()):
     rows.append((kind, f"{found.calls} calls, {_size(found.payload)} of arrays, "
-                 f"{_size(found.wire)} sent by a chip"))
+                 f"{_size(found.wire + found.network)} sent by a chip"))
   bounds = report.bounds
   binding = max(bounds, key=bounds.get)
   rows += [(f"bound by {name}", f"{_time(seconds)} a step") for name, seconds in

@@ -28,3 +28,29 @@ def test_a_loop_that_does_not_say_how_often_it_runs_counts_to_its_limit():
 def test_a_program_of_one_chip_sends_nothing():
   alone = "ENTRY %main (x: f32[2]) -> f32[2] {\n  ROOT %x = f32[2]{0} parameter(0)\n}"
   assert traffic(alone, 1) == {}
+
+
+def test_what_crosses_between_slices_is_counted_apart():
+  """As the TPU's compiler writes it: a sum in a slice, and its parts exchanged by the hosts."""
+  about = (
+    'frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",'
+    '_xla_megascale_target="{SLICES}x{0:7}",_xla_megascale_transfer_type="KIND"}'
+  )
+  lines = [
+    "%part = bf16[8,128]{1,0} reduce-scatter(bf16[64,128]{1,0} %x), replica_groups=[1,8]<=[8]",
+    "%send.1 = (bf16[8,128]{1,0:T(8,128)(2,1)}, u32[], token[]) send(%part, %after), channel_id=2,"
+    " is_host_transfer=true, " + about.replace("SLICES", "1,2").replace("KIND", "ALL_REDUCE"),
+    "%send-done.1 = token[] send-done(%send.1), channel_id=2, " + about,
+    "%recv.1 = (bf16[8,128]{1,0}, u32[], token[]) recv(%after), channel_id=1, "
+    + about.replace("SLICES", "1,2").replace("KIND", "ALL_REDUCE"),
+    "%send.2 = (f32[1,8]{1,0}, u32[], token[]) send(%few, %after), channel_id=4, "
+    + about.replace("SLICES", "1:4").replace("KIND", "ALL_GATHER"),
+  ]
+  program = "ENTRY %main (x: f32[2]) -> f32[2] {\n" + "\n".join(lines) + "\n}"
+  assert traffic(program, 8) == {
+    "reduce-scatter": Traffic(1, 64 * 128 * 2, 7 * 64 * 128 * 2 // 8),
+    # Half of a part to the other slice, and half of its sum.
+    "all-reduce between slices": Traffic(1, 2048, network=2 * 2048 // 2),
+    # Its own to each of three others.
+    "all-gather between slices": Traffic(1, 4 * 32, network=3 * 32),
+  }

@@ -31,6 +31,15 @@ def test_the_slowest_part_bounds_the_step():
   assert "64 (4 a chip)" in text and "16.00 GiB, fits" in text
 
 
+def test_the_data_centres_network_bounds_several_slices():
+  sent = {**REPORT.collectives, "all-reduce between slices": Traffic(5, 1 << 30, network=12.5e9)}
+  several = dataclasses.replace(REPORT, collectives=sent)
+  assert several.bounds == {**REPORT.bounds, "network": 4.0}
+  assert "4.00 s a step, bound by network" in table(several)
+  # Of a chip whose network's speed is not published, nothing is said.
+  assert "network" not in dataclasses.replace(several, chip=CHIPS["v4"]).bounds
+
+
 def config_of(**model):
   return ConfigDict({
     "model": model, "train": {"batch_size": 64}, "precision": {"frozen": "float32"}
