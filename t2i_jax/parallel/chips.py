@@ -16,7 +16,7 @@ class Chip:
     memory: bytes.
     flops: dense bfloat16 FLOP/s.
     memory_bandwidth: bytes/s.
-    link_bandwidth: bytes/s between chips of a slice, all links and both directions together.
+    link_bandwidth: bytes/s that it can send to chips of its slice, over all its links.
     network_bandwidth: bytes/s from a chip to other slices; None where it is not published.
   """
 

@@ -4,6 +4,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from t2i_jax import recipe
 from t2i_jax.networks.mmdit import MMDiT
@@ -16,6 +17,7 @@ COLLECTIVE = re.compile(
 )
 
 
+@pytest.mark.full
 def test_no_chip_sends_tokens_of_a_picture_or_a_text():
   """Parameters are gathered, their gradients summed, and the batch stays where it is."""
   network = MMDiT(width=WIDTH, depth=3, heads=2, grid=4, largest=8)
