@@ -15,7 +15,7 @@ chip sends of them is `network`, by the same formulas with slices in place of ch
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 KINDS = (
   "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
@@ -141,14 +141,44 @@ def _trips(computations: dict[str, list[str]], loop: str) -> int:
   """
   if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop):
     return int(known[1])
-  condition = computations.get(re.search(r"condition=%?([\w.\-]+)", loop)[1], ())
-  below = [line for line in condition if " compare(" in line and "direction=LT" in line]
-  limit = re.search(r" compare\([^,]+, %?([\w.\-]+)\)", below[0]) if len(below) == 1 else None
-  if limit is None:
-    return 1
-  constant = re.compile(rf"%?{re.escape(limit[1])} = s32\[\]\S* constant\((\d+)\)")
-  found = [match for line in condition if (match := constant.match(line))]
-  return int(found[0][1]) if found else 1
+  name = re.search(r"condition=%?([\w.\-]+)", loop)[1]
+  return _limit(computations, name, []) or 1
+
+
+def _limit(
+  computations: dict[str, list[str]], name: str, given: Sequence[int | None]
+) -> int | None:
+  """The constant below which a condition has its counter; None unless it compares once.
+
+  The comparison may be in a fusion that the condition calls, whose parameters are the condition's.
+
+  Args:
+    computations: of the program.
+    name: of the condition, or of what it calls.
+    given: values of its parameters that are constants, None for others.
+  """
+  values: dict[str, int | None] = {}
+  limits: list[int | None] = []
+  for line in computations.get(name, ()):
+    own, _, what = line.removeprefix("ROOT ").partition(" = ")
+    what = re.sub(r"\{[^{}]*\}", "", what)  # layouts, which have brackets in them
+    kind = re.search(r"(?:^|[\s\])])([a-z][\w\-]*)\(([^()]*)\)", what)
+    if kind is None:
+      continue
+    operands = re.findall(r"%?([\w.\-]+)(?:,|$)", re.sub(r"\[[\d,]*\]", "", kind[2]))
+    known = [values.get(operand) for operand in operands]
+    if kind[1] == "constant" and operands[0].isdigit():
+      values[own.lstrip("%")] = int(operands[0])
+    elif kind[1] == "parameter":
+      values[own.lstrip("%")] = dict(enumerate(given)).get(int(operands[0]))
+    elif kind[1] in ("copy", "bitcast", "convert"):
+      values[own.lstrip("%")] = known[0]
+    elif kind[1] == "compare":
+      side = {"LT": 1, "GT": 0}.get(re.search(r"direction=(\w+)", what)[1])
+      limits.append(None if side is None else known[side])
+    elif called := re.search(r"(?:calls|to_apply)=%?([\w.\-]+)", what):
+      limits.append(_limit(computations, called[1], known))
+  return limits[0] if len(limits) == 1 else None
 
 
 def _kind(line: str) -> str | None:

@@ -25,6 +25,48 @@ def test_a_loop_that_does_not_say_how_often_it_runs_counts_to_its_limit():
   assert traffic(PROGRAM.replace(said, ""), 8) == traffic(PROGRAM, 8)
 
 
+FUSED = """
+%wrapped_compare (turn.1: s32[], limit.1: s32[]) -> pred[] {
+  %turn.1 = s32[]{:T(128)} parameter(0)
+  %limit.1 = s32[]{:T(128)S(6)} parameter(1)
+  ROOT %less.1 = pred[]{:T(512)} compare(%turn.1, %limit.1), direction=LT
+}
+
+%condition (p: (s32[], bf16[8,16])) -> pred[] {
+  %p = (s32[]{:T(128)}, bf16[8,16]{1,0}) parameter(0)
+  %turn = s32[]{:T(128)} get-tuple-element((s32[], bf16[8,16]) %p), index=0
+  %limit = s32[]{:T(128)} constant(24)
+  %kept = s32[]{:T(128)S(6)} copy(%limit)
+  ROOT %less = pred[]{:T(512)} fusion(s32[]{:T(128)} %turn, s32[]{:T(128)S(6)} %kept), kind=kLoop, calls=%wrapped_compare
+}
+"""  # noqa: E501
+
+
+def fused(program):
+  """The program, with the comparison of its loop's condition in a fusion."""
+  start = program.index("%condition (")
+  end = program.index("}\n", start) + 2
+  changed = program[:start] + FUSED.lstrip() + program[end:]
+  return changed.replace(', backend_config={"known_trip_count":{"n":"24"}}', "")
+
+
+def test_the_limit_of_a_loop_is_found_in_a_fusion_that_its_condition_calls():
+  program = fused(PROGRAM)
+  assert "known_trip_count" not in program
+  assert traffic(program, 8) == traffic(PROGRAM, 8)
+  inside = program.replace("parameter(1)\n", "constant(24)\n").replace(", %limit.1: s32[]", "")
+  assert traffic(inside, 8) == traffic(PROGRAM, 8)
+  swapped = program.replace("compare(%turn.1, %limit.1), direction=LT",
+                            "compare(%limit.1, %turn.1), direction=GT")
+  assert traffic(swapped, 8) == traffic(PROGRAM, 8)
+
+
+def test_a_loop_that_asks_for_more_than_a_limit_counts_once():
+  other = "  %other = pred[]{:T(512)} compare(%turn, %limit), direction=NE\n"
+  twice = fused(PROGRAM).replace("  ROOT %less =", f"{other}  ROOT %less =")
+  assert traffic(twice, 8)["all-gather"] == Traffic(1, 2048, 1792)
+
+
 def test_a_program_of_one_chip_sends_nothing():
   alone = "ENTRY %main (x: f32[2]) -> f32[2] {\n  ROOT %x = f32[2]{0} parameter(0)\n}"
   assert traffic(alone, 1) == {}
