@@ -8,7 +8,10 @@
 "small" models pixels, the published sizes the latents of a first stage. With `labels=yes` a data
 set's labels are told in place of a text, as DiT was published.
 
-Expected: not known, no size was trained to its end here.
+Expected of "small" on "scenes", seed 0, after 2,800 of its steps, which are the FLOPs of
+`configs/ddpm.py`'s 4,700: 49 % of 256 held-out captions right in everything (place 100 %, colour
+98.8 %, shape 50 %), 0 % with the captions shuffled; after 30 minutes on one CPU core, the other
+busy. The published sizes were not trained here.
 
 Arguments:
   size: "small" (32 px, for two CPU cores, the default); the published networks "S/2", "B/2", "L/2"
@@ -37,7 +40,7 @@ S, B, L, XL = (
 )
 SIZES = {
   # The objective of the quickstart; attention to the text tells what is where.
-  "small": dict(resolution=32, patch=2, width=128, depth=6, heads=4, cross_attention=True,
+  "small": dict(resolution=32, patch=4, width=128, depth=6, heads=4, cross_attention=True,
                 schedule="cosine", prediction="x0", weighting="v_bounded", weighting_bound=10.0,
                 density="logit_normal", density_spread=1.2, scan=False),
   "S/2": S, "B/2": B, "L/2": L, "XL/2": XL,

@@ -34,8 +34,8 @@ SIZES = {
   "3-medium": dict(PUBLISHED, width=1536, depth=24, heads=24),
   "3.5-medium": dict(PUBLISHED, width=1536, depth=24, heads=24, norm=True, dual=13, largest=384),
   "3.5-large": dict(PUBLISHED, width=2432, depth=38, heads=38, norm=True),
-  "small": dict(resolution=32, width=96, depth=6, heads=3, norm=True, dual=2, grid=16, largest=16,
-                density_mean=0.5, scan=False),
+  "small": dict(resolution=32, patch=4, width=96, depth=6, heads=3, norm=True, dual=2, grid=8,
+                largest=8, density_mean=0.5, scan=False),
   "tiny": dict(resolution=16, width=16, depth=3, heads=2, norm=True, dual=1, grid=4, largest=8,
                shift=3.0),
 }  # fmt: skip

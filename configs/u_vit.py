@@ -28,7 +28,7 @@ from t2i_jax.config import choose, parse_arg
 PUBLISHED = dict(resolution=256, patch=2, schedule="scaled_linear")
 SIZES = {
   # The objective of the quickstart.
-  "small": dict(resolution=32, patch=2, width=128, depth=6, heads=4, schedule="cosine",
+  "small": dict(resolution=32, patch=4, width=128, depth=6, heads=4, schedule="cosine",
                 prediction="x0", weighting="v_bounded", weighting_bound=10.0,
                 density="logit_normal", density_spread=1.2, scan=False),
   # The scale of the latents of COCO's pictures, in the release.
