@@ -16,7 +16,7 @@ def test_hinge():
 def test_vanilla_does_not_saturate():
   game = GAMES["vanilla"]
   real, fake = jnp.array([1.0, -1.0]), jnp.array([0.0, 3.0])
-  p = lambda x: 1 / (1 + np.exp(-np.asarray(x)))  # noqa: E731
+  p = lambda x: 1 / (1 + np.exp(-np.asarray(x, np.float64)))  # noqa: E731
   expected = -0.5 * (np.mean(np.log(p(real))) + np.mean(np.log(1 - p(fake))))
   np.testing.assert_allclose(game.discriminate(real, fake), expected, rtol=1e-6)
   np.testing.assert_allclose(game.fool(fake), -np.mean(np.log(p(fake))), rtol=1e-6)

@@ -114,7 +114,8 @@ def test_a_guide_gives_the_posterior(solver):
 @pytest.mark.parametrize("solver", ["ddim", "ddpm"])
 def test_a_guide_of_scale_0_is_no_guide(solver):
   guided = draw(GUIDED, reading(), OBSERVED, solver=solver, guide_scale=0.0)
-  np.testing.assert_array_equal(guided, draw(PLAIN, solver=solver))
+  # Two programs, whose sums are fused in other ways.
+  np.testing.assert_allclose(guided, draw(PLAIN, solver=solver), atol=1e-5)
 
 
 def test_what_a_guide_is_shown_reaches_it():
@@ -143,8 +144,8 @@ def text(value):
 def test_guidance_of_scale_1_is_the_condition_alone_and_of_0_the_null():
   alone = draw(PLAIN, text(0.1).replace(null=None))
   for options in ({}, {"rescale": 0.7}, {"guidance_kind": "projected"}):
-    np.testing.assert_allclose(draw(PLAIN, text(0.1), guidance=1.0, **options), alone, atol=1e-6)
-  np.testing.assert_allclose(draw(PLAIN, text(0.1), guidance=0.0), draw(PLAIN), atol=1e-6)
+    np.testing.assert_allclose(draw(PLAIN, text(0.1), guidance=1.0, **options), alone, atol=1e-5)
+  np.testing.assert_allclose(draw(PLAIN, text(0.1), guidance=0.0), draw(PLAIN), atol=1e-5)
 
 
 def test_guidance_is_left_out_outside_its_interval():
@@ -152,7 +153,7 @@ def test_guidance_is_left_out_outside_its_interval():
   everywhere = draw(PLAIN, text(0.1), guidance=3.0)
   nowhere = draw(PLAIN, text(0.1), guidance=3.0, guidance_low=1e8)
   some = draw(PLAIN, text(0.1), guidance=3.0, guidance_low=0.2, guidance_high=2.0)
-  np.testing.assert_allclose(nowhere, alone, atol=1e-6)
+  np.testing.assert_allclose(nowhere, alone, atol=1e-5)
   assert np.all(some.mean() > alone.mean()) and np.all(some.mean() < everywhere.mean())
 
 

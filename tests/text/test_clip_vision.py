@@ -32,7 +32,7 @@ def test_untrained_times_leave_the_tower_as_it_is(variables):
   shapes = jax.eval_shape(TIMED.init, jax.random.key(0), IMAGES)
   assert jax.tree.map(lambda x: x.shape, clean) == jax.tree.map(lambda x: x.shape, shapes)
   pooled = APPLY(variables, IMAGES, TIMES)[1]
-  np.testing.assert_allclose(pooled, APPLY(clean, IMAGES)[1], atol=1e-6)
+  np.testing.assert_allclose(pooled, APPLY(clean, IMAGES)[1], atol=1e-5)
 
 
 def test_trained_times_change_every_norm(variables):
