@@ -1,11 +1,13 @@
 """The autoencoder of latent diffusion: L1, perceptual distance, a weak KL, and a discriminator.
 
-  python -m t2i_jax.main --config=configs/kl_autoencoder.py --workdir=runs/autoencoder \\
+  python -m t2i_jax.main --config=configs/kl_autoencoder.py --workdir=runs/kl \\
     --config.components.perceptual=runs/feature_net/export
 
 The perceptual distance is LPIPS's where its public files are at hand (an export
 that `python -m t2i_jax.convert` makes of them). Otherwise the export of
-`configs/feature_net.py` stands in, and every metric says so by its name.
+`configs/feature_net.py` stands in, and every metric says so by its name; it needs a data set's
+labels, so for a folder train it on "scenes", or leave the distance out
+(`--config.model.perceptual_weight=0`).
 
 Expected of "small" on "scenes", seed 0, with feature_net, after 19 minutes on one CPU core, in the
 last 50 % of which the discriminator plays: held-out pictures come back at 40.3 dB (combinations)

@@ -138,7 +138,10 @@ def load_components(config: ConfigDict, workdir: epath.Path | None = None) -> Co
   )
   found = Components({}, {}, {})
   for name, path in config.components.items():
-    exported = export.read(path)
+    try:
+      exported = export.read(path)
+    except UserError as error:
+      raise UserError(f"components.{name}: {error}") from error
     found.systems[name] = build_with(exported.config, exported.components)
     found.tokenizers[name] = exported.tokenizers
     found.about[name] = {"config": exported.config.to_dict(), "components": exported.components,
@@ -191,18 +194,21 @@ def naming_differences(config: ConfigDict, theirs: ConfigDict) -> Iterator[None]
   try:
     yield
   except UserError as error:
-    ours, theirs = configs.flatten(config), configs.flatten(theirs)
-    different = [
-      f"{name}={value}" for name, value in theirs.items()
-      if name.partition(".")[0] in ("model", "text") and name in ours and ours[name] != value
-    ]
+    different = differences(config, theirs, "text", "model")
     if not different:
       raise
-    # The text first: its names are few, and every model has them.
-    different = sorted(different, key=lambda pair: not pair.startswith("text."))
-    more = f" and {len(different) - 6} more" if len(different) > 6 else ""
-    raise UserError(f"{error}; it was trained with "
-                    f"{' '.join(f'--config.{pair}' for pair in different[:6])}{more}") from error
+    raise UserError(f"{error}; it was trained with {different}") from error
+
+
+def differences(config: ConfigDict, theirs: ConfigDict, *sections: str) -> str:
+  """What another config has otherwise in some sections, as flags, of many the first; or ""."""
+  ours, theirs = configs.flatten(config), configs.flatten(theirs)
+  different = [
+    f"--config.{name}={theirs[name]}" for section in sections for name in theirs
+    if name.partition(".")[0] == section and name in ours and ours[name] != theirs[name]
+  ]
+  more = f" and {len(different) - 6} more" if len(different) > 6 else ""
+  return " ".join(different[:6]) + more
 
 
 def player_sections(config: ConfigDict, system: System, steps_of) -> dict[str, dict[str, Any]]:

@@ -177,6 +177,9 @@ def read(path: str | os.PathLike, stored: bool = False) -> Export:
   path = epath.Path(path).expanduser()
   inside = path / "export"
   hint = f"; did you mean '{inside}'?" if (inside / CONFIG).is_file() else ""
+  if not hint and (path / "checkpoints").is_dir():
+    hint = (": it is a run that has not ended; python -m t2i_jax.export makes one of its last "
+            "checkpoint")
   if not (path / CONFIG).is_file():
     raise UserError(f"no export at '{path}': it has no {CONFIG}{hint}")
   try:

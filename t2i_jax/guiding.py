@@ -52,7 +52,8 @@ def picture_guide(system: System) -> PictureGuide:
   """
   guide = getattr(system, GUIDE, None)
   if guide is None:
-    raise UserError("a guide's picture or weights are given and there is no guide; give one too")
+    raise UserError("a guide's picture or weights are given and there is no guide; name one, "
+                    "--guide=EXPORT")
   if not isinstance(guide, PictureGuide):
     raise UserError(f"the guide, a {type(guide).__name__}, takes no picture and no weights; leave "
                     "them out")

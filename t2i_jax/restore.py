@@ -151,11 +151,16 @@ class Run:
       run._restore(others, frozen, loader)
       others.close()
     else:
+      tell("making the parameters; to compile that takes a minute or so for large networks")
       run._state = plan.create(put(loader.peek(), batch_sharding(mesh)), frozen)
       if config.init_from:
         exported = export.read(config.init_from)
         with assembly.naming_differences(config, exported.config):
           run._state = _initialised(run._state, system, exported)
+        # Such as another prediction, of which no array tells.
+        different = assembly.differences(config, exported.config, "model")
+        if different:
+          tell(f"warning: init_from={config.init_from} was trained with {different}")
     return run
 
   def save_frozen(self, components: assembly.Components, config: ConfigDict, mesh: Mesh) -> None:

@@ -105,8 +105,6 @@ def _sample(flags) -> None:
   prompts = _prompts(flags)
   if flags.count < 1:
     raise UserError(f"--count={flags.count} draws nothing; use 1 or more")
-  output = Path(flags.output).expanduser()
-  output.mkdir(parents=True, exist_ok=True)
   command.set_up_jax()
   from t2i_jax.pipeline import Pipeline
   from t2i_jax.training.grids import prompt_grid, save_picture
@@ -117,6 +115,8 @@ def _sample(flags) -> None:
   options = sampling_options(flags, pipeline.config, pipeline.system)
   image, known = _beginning(flags, pipeline.system, options)
   guide = _leading(flags, pipeline.system)
+  output = Path(flags.output).expanduser()
+  output.mkdir(parents=True, exist_ok=True)
   for line in pipeline.truncated(prompts):
     print(f"warning: {line}", file=sys.stderr)
   repeated = [prompt for prompt in prompts for _ in range(flags.count)]

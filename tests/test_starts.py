@@ -57,7 +57,7 @@ def test_pictures_that_cannot_be_trained_on(fails, tmp_path):
   def error(path):
     return starts(fails, tmp_path / "run", f"--config.data.options.path={path}", config=config)
 
-  assert "needs its option 'path'" in error("")
+  assert "needs --config.data.options.path" in error("")
   assert "No such file or directory" in error(tmp_path / "nowhere")
   assert "is empty: put pictures and captions" in error(folder_of(tmp_path / "empty", None))
   assert "has no captions.jsonl" in error(folder_of(tmp_path / "bare", None, ["a.png"]))

@@ -120,5 +120,6 @@ def read_captions(path: str) -> dict[str, tuple[list[str], str | None]]:
     raise UserError(f"{path} has no lines")
   without = [file for file, (_, split) in rows.items() if split is None]
   if 0 < len(without) < len(rows):
-    raise UserError(f"{path}: '{without[0]}' has no split, but other pictures have one")
+    raise UserError(f"{path}: '{without[0]}' has no split, but other pictures have one; give "
+                    "every line a split, or none")
   return rows

@@ -40,12 +40,15 @@ def _captions_file(path: str, captions: str) -> str:
   """The captions file of directory `path`: `captions`, or the one that is there."""
   if not path:
     raise UserError(
-      "data set 'folder' needs its option 'path': a directory with captions.jsonl or captions.csv"
+      "data set 'folder' needs --config.data.options.path, a directory with captions.jsonl or "
+      "captions.csv"
     )
   try:
     names = os.listdir(path)
   except OSError as error:
-    raise UserError(f"no directory '{path}': {error.strerror} (option 'path')") from None
+    raise UserError(
+      f"no directory '{path}': {error.strerror} (--config.data.options.path)"
+    ) from None
   if not names:
     raise UserError(f"'{path}' is empty: put pictures and captions.jsonl or captions.csv there")
   if captions:

@@ -105,8 +105,10 @@ def check_batch(batch_size: int, mesh: Mesh, what: str) -> None:
 
   `what` is the setting's name as the user knows it, such as `batch_size`.
   """
+  if batch_size < 1:
+    raise UserError(f"{what}={batch_size} is no batch; use 1 or more")
   shards = batch_shards(mesh)
-  if batch_size < 1 or batch_size % shards:
+  if batch_size % shards:
     below = batch_size // shards * shards
     fitting = f"{below} or {below + shards}" if below > 0 else f"{shards}"
     split = " x ".join(f"{name}={mesh.shape[name]}" for name in batch_axes if mesh.shape[name] > 1)

@@ -105,7 +105,7 @@ def test_captions_option_chooses_the_file(folder):
 
 
 def test_wrong_directories(folder, tmp_path):
-  fails("", "needs its option 'path'")
+  fails("", "needs --config.data.options.path")
   fails(tmp_path / "nowhere", "no directory '.*nowhere': No such file")
   fails(folder / "00.png", "no directory .*Not a directory")
   (tmp_path / "empty").mkdir()

@@ -149,7 +149,7 @@ def test_what_a_user_may_have_wrong(tmp_path, capsys):
   (shards / "a.tar").unlink()
   miniatures.img2dataset(shards)
   fails(capsys, "tar shards are read where they are", shards, out, "--size=64")
-  with pytest.raises(UserError, match="needs its option 'path'"):
+  with pytest.raises(UserError, match="needs --config.data.options.path"):
     open_source("webdataset", "train", 8, 0)
   with pytest.raises(UserError, match="have no index in .*: run python -m t2i_jax.data.prepare"):
     opened(shards, out)
