@@ -17,7 +17,7 @@ import numpy as np
 from etils import epath
 
 from t2i_jax import assembly, command, data
-from t2i_jax.evaluation.prompt_sets import set_data_options
+from t2i_jax.evaluation.prompt_sets import set_data
 from t2i_jax.evaluation.verifier import score
 from t2i_jax.parallel.mesh import make_mesh
 from t2i_jax.pipeline import Pipeline
@@ -46,7 +46,7 @@ def main() -> None:
       epath.Path(args.workdir), step, ema=True
     )
     if pipeline is None:
-      set_data_options(config, args.data_option)
+      set_data(config, "", args.data_option)
       pipeline = Pipeline(
         assembly.build_with(config, about), tokenizers, make_mesh({"data": -1}), config=config
       )

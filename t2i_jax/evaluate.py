@@ -19,12 +19,13 @@ def main(argv: list[str] | None = None) -> None:
   """The command; see `--help`."""
   parser = command.parser(
     "t2i_jax.evaluate",
-    "Draws pictures from exports and measures them: by default the held-out loss and, on data\n"
-    "sets with a verifier, how many pictures are right, by attribute, for their captions and for\n"
-    "shuffled ones (which must collapse: if they do not, the model ignores the text). Metrics of\n"
-    "public networks need their files, --network=KIND=FILE; without any, those of a feature_net\n"
-    "export stand in. A command that was interrupted goes on when it is given again with the same\n"
-    "--output, to the same numbers.",
+    "Draws pictures from exports and measures them, or, of first stages, encodes and decodes real\n"
+    "ones and compares. By default it is the held-out loss and, on data sets with a verifier, how\n"
+    "many pictures are right, by attribute, for their captions and for shuffled ones (which must\n"
+    "collapse: if they do not, the model ignores the text); of first stages PSNR, SSIM and their\n"
+    "latents. Metrics of public networks need their files, --network=KIND=FILE; without any,\n"
+    "those of a feature_net export stand in. A command that was interrupted goes on when it is\n"
+    "given again with the same --output, to the same numbers.",
     "python -m t2i_jax.evaluate --export=runs/quickstart/export",
     "python -m t2i_jax.evaluate --export=DIR --split=held_out_pairs --pictures=1024 --guidance=3",
     "python -m t2i_jax.evaluate --export=DIR --metric=fd_feature_net --metric=verifier "
@@ -36,6 +37,9 @@ def main(argv: list[str] | None = None) -> None:
     "--each=4 --metric=verifier --metric=feature_net_diversity --output=compared",
     "python -m t2i_jax.evaluate --export=DIR --prompts=evaluation_metadata.jsonl --each=4 "
     "--geneval=for-geneval --output=drawn",
+    "python -m t2i_jax.evaluate --export=runs/autoencoder/export --metric=rfid --metric=psnr "
+    "--metric=ssim --metric=lpips_distance --network=inception=pt_inception.pth "
+    "--network=lpips-vgg=lpips --data=coco --split=val --pictures=5000 --output=reconstructed",
   )
   from t2i_jax.sample import add_export_flags
 
@@ -69,6 +73,12 @@ def main(argv: list[str] | None = None) -> None:
                       help="measure the real pictures and stop")
   parser.add_argument("--sweep", action="append", default=[], metavar="NAME=V1,V2,...",
                       help="a sampling option to vary; several span a grid")
+  parser.add_argument("--data", default="", metavar="NAME",
+                      help="another data set than the training run's, such as coco; that of a "
+                      "converted model is folder")
+  parser.add_argument("--resolution", type=int, metavar="PIXELS",
+                      help="side of the pictures that first stages are given (that of their "
+                      "training)")
   parser.add_argument("--data-option", action="append", default=[], metavar="NAME=VALUE",
                       help="an option of the data set in place of the training run's")
   parser.add_argument("--output", default="",

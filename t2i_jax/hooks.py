@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
@@ -18,8 +17,7 @@ from t2i_jax.parallel.mesh import batch_sharding, batch_shards, host_rows, repli
 from t2i_jax.parallel.sharding import put
 from t2i_jax.pipeline import Pipeline
 from t2i_jax.systems.base import System
-from t2i_jax.systems.capabilities import Evaluated, FirstStage, require
-from t2i_jax.systems.pictures import normalize_images
+from t2i_jax.systems.capabilities import Evaluated, FirstStage, reconstruct, require
 from t2i_jax.training.grids import prompt_grid, save_picture
 from t2i_jax.training.state import State
 from t2i_jax.training.writers import Writers
@@ -58,12 +56,9 @@ class DrawReconstructions:
     self._source, self._mesh, self._count = source, mesh, count
     self._workdir, self._writers = workdir, writers
 
-    def reconstruct(variables, images):
-      moments = system.encode(variables, normalize_images(images))
-      return system.decode(variables, jnp.split(moments, 2, axis=-1)[0])
-
     self._reconstruct = jax.jit(
-      reconstruct, out_shardings=replicated(mesh),
+      lambda variables, images: reconstruct(system, variables, images)[0],
+      out_shardings=replicated(mesh),
       compiler_options=compiler_options(mesh.devices.flat[0].platform),
     )
 
@@ -78,7 +73,6 @@ class DrawReconstructions:
     made = np.asarray(self._reconstruct(state.variables(ema=True), images))
     if not is_primary():
       return
-    made = np.clip(np.round((made + 1.0) * 127.5), 0, 255).astype(np.uint8)
     pairs = np.stack([rows.image, made], axis=1)[: self._count]
     texts = [text for caption in rows.captions[: self._count]
              for text in (caption, "as reconstructed")]

@@ -50,12 +50,17 @@ def base(system: str, dataset: str) -> ConfigDict:
   config.model = sections["model"]
   config.text = sections["text"]
   config.sample.options = sections["options"]
-  options, text = choose("dataset", dataset, DATASETS)
-  # "scenes_two" are the scenes with other options.
-  config.data.name = dataset if dataset in data.DATASETS else dataset.partition("_")[0]
-  config.data.options = ConfigDict({**data.default_options(config.data.name), **options})
-  config.text.update(text)
+  config.data.name, config.data.options = dataset_of("dataset", dataset)
+  config.text.update(DATASETS[dataset][1])
   return config.lock()
+
+
+def dataset_of(what: str, dataset: str) -> tuple[str, ConfigDict]:
+  """The name and the options of a data set, one of `DATASETS`; UserError, with `what`, if none."""
+  options, _ = choose(what, dataset, DATASETS)
+  # "scenes_two" are the scenes with other options.
+  name = dataset if dataset in data.DATASETS else dataset.partition("_")[0]
+  return name, ConfigDict({**data.default_options(name), **options})
 
 
 def label(config: ConfigDict) -> tuple[tuple[str, int], ...]:

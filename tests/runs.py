@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from t2i_jax import config_files, main
+from t2i_jax import assembly, batch_spec, config_files, export, main, run_data, tokenizing
 from t2i_jax.parallel.mesh import make_mesh
+from t2i_jax.systems import trees
+from t2i_jax.text.tokenizer import Tokenizers
 from t2i_jax.training.checkpoint import Checkpoints
 
 ROOT = Path(__file__).parent.parent
@@ -49,6 +51,22 @@ def config_of(path, dataset="scenes", **overrides):
   given = {key.replace("__", "."): str(value) for key, value in overrides.items()}
   chosen = "" if dataset == "scenes" else f",dataset={dataset}"
   return config_files.load_config(f"{path}:size=tiny{chosen}", given)
+
+
+def write_export(path, config):
+  """An export with random numbers, without compiling anything."""
+  system = assembly.build_system(config)
+  source = run_data.open_data(config, "held_out_pairs", batch_spec.resolution_of(system))
+  tokenizers = tokenizing.make_tokenizer(config, source) if system.reads_text else Tokenizers({})
+  shapes = jax.eval_shape(
+    lambda batch: system.init(jax.random.key(0), batch), batch_spec.abstract_batch(system, 2)
+  )
+  rng = np.random.default_rng(0)
+  variables = jax.tree.map(
+    lambda x: rng.normal(0, 0.3, x.shape).astype(x.dtype),
+    trees.split(shapes, system.ema_groups)[0],
+  )
+  return export.write(path, config, 7, variables, tokenizers)
 
 
 def train_on(config, workdir, devices=1):

@@ -9,13 +9,12 @@ import signal
 import socket
 from types import SimpleNamespace
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
-from runs import TOY, command, config_of, finish, metrics, train_on
+from runs import TOY, command, config_of, finish, metrics, train_on, write_export
 
-from t2i_jax import assembly, batch_spec, data, evaluate, export, run_data, tokenizing
+from t2i_jax import data, evaluate, export
 from t2i_jax.errors import UserError
 from t2i_jax.evaluation import drawing, folder, plots, scoring
 from t2i_jax.evaluation.prompt_sets import PromptSet
@@ -23,28 +22,10 @@ from t2i_jax.metrics.reference import Reference
 from t2i_jax.metrics.result import Result
 from t2i_jax.metrics.scores import Collected, Metric, Scores
 from t2i_jax.prompts import Prompt
-from t2i_jax.systems import trees
-from t2i_jax.text.tokenizer import Tokenizers
 
 pytestmark = pytest.mark.usefixtures("compiled_programs")
 
 SPLIT = "held_out_pairs"
-
-
-def write_export(path, config):
-  """An export with random numbers, without compiling anything."""
-  system = assembly.build_system(config)
-  source = run_data.open_data(config, SPLIT, batch_spec.resolution_of(system))
-  tokenizers = tokenizing.make_tokenizer(config, source) if system.reads_text else Tokenizers({})
-  shapes = jax.eval_shape(
-    lambda batch: system.init(jax.random.key(0), batch), batch_spec.abstract_batch(system, 2)
-  )
-  rng = np.random.default_rng(0)
-  variables = jax.tree.map(
-    lambda x: rng.normal(0, 0.3, x.shape).astype(x.dtype),
-    trees.split(shapes, system.ema_groups)[0],
-  )
-  return export.write(path, config, 7, variables, tokenizers)
 
 
 @pytest.fixture(scope="module")

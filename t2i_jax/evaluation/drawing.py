@@ -2,35 +2,57 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
+from t2i_jax.data.base import Source
 from t2i_jax.evaluation.folder import Shards
 from t2i_jax.evaluation.prompt_sets import PromptSet
+from t2i_jax.evaluation.reconstructing import Reconstructor
 from t2i_jax.parallel.distributed import agree_any, barrier, is_primary
 from t2i_jax.pipeline import Pipeline
 
 PICTURES = "pictures"
+# Indices of pictures, the first of a shard, to arrays of each shard's pictures; of the last ones
+# there may be more than are asked for.
+Batches = Callable[[range], Iterator[Mapping[str, np.ndarray]]]
 
 
 class Stopped(Exception):
   """The command was asked to stop, and has kept what was done."""
 
 
-def draw(
-  pipeline: Pipeline, prompts: PromptSet, seed: int, options: dict[str, Any], shards: Shards,
-  stop: Callable[[], bool], progress: "Progress",
-) -> None:
-  """Draws what is missing of a point's pictures.
+def of_prompts(
+  pipeline: Pipeline, prompts: PromptSet, seed: int, options: dict[str, Any], size: int
+) -> Batches:
+  """Drawn pictures: picture i is of prompt i // each with the key of (seed, i).
 
-  Every batch has as many pictures as a shard, the last filled up with its last prompt again: each
-  picture then comes from the same compiled program, whatever was interrupted where.
+  Every batch has `size` pictures, the last filled up with its last prompt again: each picture then
+  comes from the same compiled program, whatever was interrupted where.
+  """
+  captions = prompts.captions
+
+  def batches(rows: range) -> Iterator[Mapping[str, np.ndarray]]:
+    wanted = captions[rows.start : rows.stop]
+    wanted += wanted[-1:] * (-len(wanted) % size)
+    drawn = pipeline.batches(wanted, seed, first=rows.start, batch_size=size, **options)
+    return ({"images": images} for images in drawn)
+
+  return batches
+
+
+def of_split(reconstructor: Reconstructor, source: Source, size: int) -> Batches:
+  """A split's pictures, encoded and decoded."""
+  return lambda rows: reconstructor.batches(source, rows, size)
+
+
+def draw(batches: Batches, shards: Shards, stop: Callable[[], bool], progress: "Progress") -> None:
+  """Draws, or reconstructs, what is missing of a point's pictures.
 
   Args:
-    pipeline: draws; on several hosts all draw each batch together, and the primary writes.
-    prompts, seed, options: picture i is of prompt i // each with the key of (seed, i).
+    batches: gives them; on several hosts all make each batch together, and the primary writes.
     shards: where they are kept, with the seconds that each batch took.
     stop: whether to end after the batch under way.
     progress: is told.
@@ -38,22 +60,18 @@ def draw(
   Raises:
     Stopped: `stop` said so.
   """
-  captions = prompts.captions
   missing = shards.missing(PICTURES)
   progress.begin(shards.total, shards.total - sum(len(shards.rows(i)) for i in missing))
   for run in _runs(missing):
-    first = shards.rows(run[0]).start
-    wanted = captions[first : shards.rows(run[-1]).stop]
-    wanted += wanted[-1:] * (len(run) * shards.size - len(wanted))
-    drawn = pipeline.batches(wanted, seed, first=first, batch_size=shards.size, **options)
+    drawn = batches(range(shards.rows(run[0]).start, shards.rows(run[-1]).stop))
     for shard in run:
-      started = time.monotonic()
-      images = next(drawn)[: len(shards.rows(shard))]
+      started, count = time.monotonic(), len(shards.rows(shard))
+      arrays = {name: array[:count] for name, array in next(drawn).items()}
       seconds = time.monotonic() - started
       if is_primary():
         warm = shard != missing[0]  # the first of a point compiles
-        shards.write(PICTURES, shard, {"images": images, "seconds": seconds, "warm": warm})
-      progress.add(len(images))
+        shards.write(PICTURES, shard, {**arrays, "seconds": seconds, "warm": warm})
+      progress.add(count)
       if agree_any(stop()):
         raise Stopped
   barrier("drawn")

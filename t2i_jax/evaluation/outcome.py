@@ -15,18 +15,19 @@ from t2i_jax.evaluation import plots, report, tables, verifier
 from t2i_jax.evaluation.drawing import PICTURES, seconds_a_picture, spread
 from t2i_jax.evaluation.folder import Shards, slug
 from t2i_jax.evaluation.points import Point
-from t2i_jax.evaluation.prompt_sets import PromptSet
+from t2i_jax.evaluation.prompt_sets import PromptSet, Sources, pictures_of
 from t2i_jax.evaluation.tables import Row
 from t2i_jax.files import write_whole
 from t2i_jax.training.grids import prompt_grid, save_picture
 
 GRID = 64  # pictures of a grid
+ORIGINAL = "original"
 ACROSS = 4  # pictures of one prompt and point that are shown
 
 
 def row(
   point: Point, prompts: PromptSet, shards: Shards, path: epath.Path, seed: int,
-  results: Mapping[str, Any], categories: Mapping[str, Any],
+  results: Mapping[str, Any], categories: Mapping[str, Any], reconstruction: str = "",
 ) -> Row:
   """One point on one set of prompts as JSON: its results, and all that they depend on.
 
@@ -36,6 +37,7 @@ def row(
     seed: of the drawing.
     results: by name.
     categories: as of `scoring.by_category`.
+    reconstruction: of what the pictures are reconstructions, as of `reconstructing.described`.
   """
   model = point.model
   seconds, warm = None, True
@@ -63,11 +65,16 @@ def row(
     "warm": warm,
     "results": dict(results),
     "categories": dict(categories),
+    **({"reconstruction": reconstruction} if reconstruction else {}),
   }
 
 
-def show(rows: Sequence[Row], sets: Sequence[PromptSet], path: epath.Path, kept: bool) -> None:
-  """Prints the tables and, where the folder is kept, writes everything into it."""
+def show(rows: Sequence[Row], sets: Sequence[PromptSet], path: epath.Path, kept: bool,
+         sources: Sources) -> None:
+  """Prints the tables and, where the folder is kept, writes everything into it.
+
+  Reconstructions are shown beside the pictures of `sources` that they are of.
+  """
   by_set = [(prompts, [row for row in rows if row["set"] == prompts.name]) for prompts in sets]
   for _, own in by_set:
     print(text(own))
@@ -86,7 +93,7 @@ def show(rows: Sequence[Row], sets: Sequence[PromptSet], path: epath.Path, kept:
       drawn = plots.draw_plots(own)
       for name, svg in drawn.items():
         write_whole(path / "plots" / f"{slug(prompts.name)}_{name}.svg", svg)
-    sections.append(_section(prompts, own, drawn, path))
+    sections.append(_section(prompts, own, drawn, path, sources))
   page = report.page(f"Evaluation of {', '.join(_names(rows))}", command, sections)
   write_whole(path / "report.html", page.encode())
   print(f"scores.json and report.html in {path}")
@@ -109,7 +116,8 @@ def _names(rows: Sequence[Row]) -> list[str]:
 
 
 def _section(
-  prompts: PromptSet, rows: Sequence[Row], drawn: dict[str, bytes], path: epath.Path
+  prompts: PromptSet, rows: Sequence[Row], drawn: dict[str, bytes], path: epath.Path,
+  sources: Sources,
 ) -> str:
   """A set's part of the page; its pictures go into `pictures/` too."""
   rows_drawn = [row for row in rows if row["drawn"]]
@@ -122,18 +130,23 @@ def _section(
     indices = shown[:, None] * prompts.each + np.arange(across)
     images = shards.some(indices.reshape(-1))
     pictures.append(images.reshape(len(shown), across, *images.shape[1:]))
+  labels = [row["point"] for row in rows_drawn]
+  if rows_drawn and "reconstruction" in rows_drawn[0]:
+    source = sources.of(prompts.split, rows_drawn[0]["export"]["resolution"])
+    pictures.insert(0, pictures_of(source, shown)[:, None])
+    labels.insert(0, ORIGINAL)
   if rows_drawn:
-    _save_grid(prompts, rows_drawn, pictures, texts, path)
-  return report.section(rows, drawn, texts if rows_drawn else [], pictures)
+    _save_grid(prompts, rows_drawn, labels, pictures, texts, path)
+  return report.section(rows, drawn, labels, texts if rows_drawn else [], pictures)
 
 
 def _save_grid(
-  prompts: PromptSet, rows: Sequence[Row], pictures: Sequence[np.ndarray], texts: Sequence[str],
-  path: epath.Path,
+  prompts: PromptSet, rows: Sequence[Row], columns: Sequence[str], pictures: Sequence[np.ndarray],
+  texts: Sequence[str], path: epath.Path,
 ) -> None:
   """Of one point its first pictures; of several those of the same prompts, side by side."""
   target = path / "pictures" / f"{slug(prompts.name)}.png"
-  if len(rows) == 1:
+  if len(columns) == 1:
     own = rows[0]
     shards = Shards(path / own["drawn"], own["batch_size"], own["pictures"])
     count = min(GRID, own["pictures"])
@@ -142,5 +155,5 @@ def _save_grid(
   if len({images.shape[2:] for images in pictures}) > 1:
     return  # Exports of several resolutions; the page shows them.
   first = np.stack([images[:, 0] for images in pictures], axis=1)
-  labels = [f"{row['point']}: {text}" for text in texts for row in rows]
-  save_picture(target, prompt_grid(first.reshape(-1, *first.shape[2:]), labels, len(rows)))
+  labels = [f"{column}: {text}" for text in texts for column in columns]
+  save_picture(target, prompt_grid(first.reshape(-1, *first.shape[2:]), labels, len(columns)))

@@ -18,7 +18,7 @@ from t2i_jax.pipeline import Pipeline
 from t2i_jax.sample import COMMON
 from t2i_jax.systems import trees
 from t2i_jax.systems.base import System
-from t2i_jax.systems.capabilities import Sampler, require
+from t2i_jax.systems.capabilities import FirstStage, Sampler, require
 from t2i_jax.values import typed
 
 
@@ -49,6 +49,11 @@ class Model:
   def config(self):
     return self.exported.config
 
+  @property
+  def reconstructs(self) -> bool:
+    """Whether it is a first stage, which encodes and decodes pictures rather than draw any."""
+    return isinstance(self.system, FirstStage) and not isinstance(self.system, Sampler)
+
 
 @dataclasses.dataclass(frozen=True)
 class Point:
@@ -67,6 +72,8 @@ class Point:
   @property
   def told(self) -> dict[str, Any]:
     """The options that are always said, and those that are not the system's defaults."""
+    if not self.options:
+      return {}
     defaults = {f.name: f.default for f in dataclasses.fields(self.model.system.Options)}
     return {name: value for name, value in self.options.items()
             if name in COMMON or value != defaults[name] or len(defaults) <= len(COMMON)}
@@ -77,11 +84,17 @@ class Point:
     return " ".join([self.model.name, *(f"{k}={v}" for k, v in self.swept.items())])
 
 
-def read_models(given: Sequence[str], guide: str = "") -> list[Model]:
+def read_models(given: Sequence[str], guide: str = "", resolution: int = 0) -> list[Model]:
   """Exports as they are given, "DIR" or "NAME=DIR".
 
+  Args:
+    given: the exports.
+    guide: another export, which steers them.
+    resolution: of the pictures that first stages are to take; 0 for that of their training.
+
   Raises:
-    UserError: for one that cannot be read or draws no pictures, or two of one name.
+    UserError: for one that cannot be read, or neither draws nor reconstructs pictures, or two of
+      one name.
   """
   models: list[Model] = []
   for text in given:
@@ -90,7 +103,10 @@ def read_models(given: Sequence[str], guide: str = "") -> list[Model]:
     if guide:
       exported = guiding.guided(exported, guide)
     system = assembly.build_with(exported.config, exported.components)
-    require(system, Sampler, f"evaluating the pictures of --export={path}")
+    if not isinstance(system, FirstStage):
+      require(system, Sampler, f"evaluating the pictures of --export={path}")
+    if resolution:
+      system = _resized(system, resolution, path)
     about = json.loads((epath.Path(path).expanduser() / export.CONFIG).read_text())
     digest = export.fingerprint(path) + (export.fingerprint(guide) if guide else "")
     sizes = {
@@ -106,6 +122,16 @@ def read_models(given: Sequence[str], guide: str = "") -> list[Model]:
     if names.count(name) > 1:
       raise UserError(f"two exports are called '{name}'; name them: --export=NAME=DIR")
   return models
+
+
+def _resized(system: System, resolution: int, path: str) -> System:
+  """A first stage for pictures of another side; UserError for a side that it does not take."""
+  if isinstance(system, Sampler):
+    raise UserError(f"--resolution={resolution} is of first stages, and --export={path} draws "
+                    "pictures; say their size by --option=height= and --option=width=, if it has "
+                    "them")
+  system.latent_shape(resolution)
+  return dataclasses.replace(system, resolution=resolution)
 
 
 def _named(text: str) -> tuple[str, str]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from t2i_jax import data, run_data
+from t2i_jax import data, recipe, run_data
 from t2i_jax.data.base import Source, digest_of
 from t2i_jax.data.loader import fetch_rows
 from t2i_jax.errors import UserError
@@ -95,8 +95,12 @@ def _prompts_of(pictures: int, each: int) -> int:
 def real_pictures(source: Source, count: int, batch_size: int) -> Iterator[np.ndarray]:
   """The first pictures of a split, in the order of its captions, uint8 [n, R, R, 3] each."""
   for start in range(0, count, batch_size):
-    rows = np.arange(start, min(start + batch_size, count))
-    yield fetch_rows(source, rows % len(source), rows.astype(np.uint64))[1].image
+    yield pictures_of(source, np.arange(start, min(start + batch_size, count)))
+
+
+def pictures_of(source: Source, rows: np.ndarray) -> np.ndarray:
+  """The pictures of a split's rows, uint8 [n, R, R, 3]; past its end the same ones again."""
+  return fetch_rows(source, rows % len(source), rows.astype(np.uint64))[1].image
 
 
 class Sources:
@@ -129,11 +133,24 @@ def check_splits(name: str, splits: list[str] | tuple[str, ...]) -> None:
       raise unknown("split", split, data.splits(name))
 
 
-def set_data_options(config: Any, pairs: list[str]) -> None:
-  """Sets options of the config's data set from texts "NAME=VALUE"; UserError for a bad one."""
+def set_data(config: Any, name: str, pairs: list[str]) -> None:
+  """Sets what a config is evaluated on.
+
+  Args:
+    config: to be changed.
+    name: of another data set than the training's; "" for the same.
+    pairs: options of it, as texts "NAME=VALUE".
+
+  Raises:
+    UserError: for a data set or an option that does not exist, or a bad value.
+  """
   from t2i_jax.errors import unknown
   from t2i_jax.values import typed
 
+  if name:
+    with config.unlocked():
+      config.data.name, config.data.options = recipe.dataset_of("--data", name)
+      config.evaluate.splits = ()  # which are of the other one
   defaults = data.default_options(config.data.name)
   with config.unlocked():
     for text in pairs:

@@ -50,7 +50,7 @@ def page(title: str, command: str, sections: Sequence[str]) -> str:
 
 
 def section(
-  rows: Sequence[Row], plots: dict[str, bytes], prompts: Sequence[str],
+  rows: Sequence[Row], plots: dict[str, bytes], columns: Sequence[str], prompts: Sequence[str],
   pictures: Sequence[np.ndarray],
 ) -> str:
   """One set of prompts: its tables, plots and pictures.
@@ -58,8 +58,9 @@ def section(
   Args:
     rows: of the set, one for each point.
     plots: SVG files by name.
+    columns: names of what is side by side.
     prompts: of the pictures that are shown.
-    pictures: of each row, uint8 [prompts, each, H, W, 3].
+    pictures: of each column, uint8 [prompts, each, H, W, 3].
   """
   parts = [f"<h2>{_text(rows[0]['set'].replace('_', ' '))}</h2>", table(*tables.main_table(rows))]
   judged = [row for row in rows if "verifier" in row["results"]]
@@ -71,7 +72,7 @@ def section(
     images = "".join(_image(content, "svg+xml", name) for name, content in plots.items())
     parts.append(f'<p class="plots">{images}</p>')
   if prompts:
-    parts.append(side_by_side([row["point"] for row in rows], prompts, pictures))
+    parts.append(side_by_side(columns, prompts, pictures))
   return "\n".join(parts)
 
 

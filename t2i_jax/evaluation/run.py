@@ -1,13 +1,14 @@
 """An evaluation from its flags to its report."""
 
 import contextlib
+import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import jax
 from etils import epath
+from jax.sharding import Mesh
 
 from t2i_jax import batch_spec, data, run_data
 from t2i_jax.data.base import digest_of
@@ -24,10 +25,12 @@ from t2i_jax.evaluation import (
   scoring,
   verifier,
 )  # fmt: skip
+from t2i_jax.evaluation import flags as checks
 from t2i_jax.evaluation.drawing import Progress
 from t2i_jax.evaluation.folder import DRAWN, Shards
 from t2i_jax.evaluation.points import Model, Point
 from t2i_jax.evaluation.prompt_sets import PICTURES, PromptSet
+from t2i_jax.evaluation.reconstructing import Reconstructor, described
 from t2i_jax.evaluation.scoring import LOSS, OWN, VERIFIER
 from t2i_jax.feature_networks import Networks
 from t2i_jax.metrics.registry import make
@@ -45,16 +48,18 @@ def evaluate(flags: Any) -> None:
   Raises:
     UserError: for whatever the user can mend.
   """
-  _check_numbers(flags)
-  scoring.check_names(flags.metric, flags.each)
+  checks.check(flags)
+  scoring.check_known(flags.metric)
   if flags.geneval:
     geneval.check_folder(flags.geneval)
   mesh = make_mesh({"data": -1})
   shards = batch_shards(mesh)
-  models = points.read_models(flags.export, flags.guide)
+  models = points.read_models(flags.export, flags.guide, flags.resolution or 0)
+  checks.check_kinds(flags, models)
+  scoring.check_names(flags.metric, flags.each, models[0].reconstructs)
   config = models[0].config  # whose data set all exports are asked about
-  prompt_sets.set_data_options(config, flags.data_option)
-  networks = Networks(_named_paths(flags.network), mesh, flags.batch_size, flags.resize)
+  prompt_sets.set_data(config, flags.data, flags.data_option)
+  networks = Networks(checks.named_paths(flags.network), mesh, flags.batch_size, flags.resize)
   sources = prompt_sets.Sources(config)
   sets = _prompt_sets(flags, config, models[0], sources)
   metrics = flags.metric or _possible(flags, config, models)
@@ -63,14 +68,17 @@ def evaluate(flags: Any) -> None:
   if VERIFIER in metrics:
     for model in models:
       verifier.check_judged(config, model.system, flags.pictures or 2)
-  at = points.read_points(
-    models, [sampling_options(flags, m.config, m.system) for m in models], flags.sweep
-  )
-  at = points.check_points(at, mesh, _warn)
-  _warn_of_cut_prompts(models, sets)
+  if models[0].reconstructs:
+    at = [Point(model, {}, {}) for model in models]
+  else:
+    at = points.read_points(
+      models, [sampling_options(flags, m.config, m.system) for m in models], flags.sweep
+    )
+    at = points.check_points(at, mesh, _warn)
+    _warn_of_cut_prompts(models, sets)
 
   drawn = [name for name in metrics if name not in OWN]
-  with _folder(flags, at, sets, shards) as (path, kept):
+  with _folder(flags, at, sets, sources, shards) as (path, kept):
     compared = references.References(
       flags.reference, flags.reference_pictures or max(s.total for s in sets), networks,
       flags.batch_size, path,
@@ -95,50 +103,17 @@ def evaluate(flags: Any) -> None:
       try:
         for model in models:
           own = [point for point in at if point.model is model]
-          rows += _measure(flags, model, own, sets, metrics, networks, by_point, sources, path,
-                           shards, stop)
+          rows += _measure(flags, mesh, model, own, sets, metrics, networks, by_point, sources,
+                           path, stop)
       except drawing.Stopped:
         _warn(f"stopped as asked; what was done is in {path}, and the same command goes on from "
               "there")
         exit_stopped()
         return
     if is_primary():
-      outcome.show(rows, sets, path, kept)
+      outcome.show(rows, sets, path, kept, sources)
       if flags.geneval:
         _write_geneval(flags.geneval, at, sets[0], path, flags.batch_size, shards)
-
-
-def _check_numbers(flags) -> None:
-  for name, least in (("pictures", 2), ("each", 1), ("batch_size", 1), ("reference_pictures", 2)):
-    value = getattr(flags, name)
-    if value is not None and value < least:
-      why = ", so that captions can be shuffled" if name == "pictures" else ""
-      raise UserError(f"--{name.replace('_', '-')}={value}: use {least} or more{why}")
-  if flags.prompts and flags.split:
-    raise UserError("--prompts and --split are both given; draw for one or the other")
-  if flags.reference_only and not flags.save_reference:
-    raise UserError("--reference-only keeps nothing; name a file with --save-reference=FILE.npz")
-  if flags.save_reference and not flags.save_reference.endswith(".npz"):
-    raise UserError(f"--save-reference={flags.save_reference}: name a file that ends in .npz")
-  if flags.geneval and not flags.prompts:
-    raise UserError("--geneval needs GenEval's prompts; give --prompts=evaluation_metadata.jsonl")
-  for name in (LOSS, VERIFIER) if flags.prompts else ():
-    if name in flags.metric:
-      raise UserError(f"the metric '{name}' is of a data set's split; leave --prompts out")
-  if jax.process_count() > 1 and not flags.output:
-    raise UserError("several processes share one folder; name it with --output")
-
-
-def _named_paths(given: Sequence[str]) -> dict[str, str]:
-  paths: dict[str, str] = {}
-  for text in given:
-    name, equals, path = text.partition("=")
-    if not equals or not path:
-      raise UserError(f"--network={text} is not NAME=FILE")
-    if name in paths:
-      raise UserError(f"--network={name} is given twice")
-    paths[name] = path
-  return paths
 
 
 def _prompt_sets(flags, config, model: Model, sources: prompt_sets.Sources) -> list[PromptSet]:
@@ -150,16 +125,25 @@ def _prompt_sets(flags, config, model: Model, sources: prompt_sets.Sources) -> l
   splits = flags.split or run_data.held_out_splits(config)
   prompt_sets.check_splits(config.data.name, splits)
   side = batch_spec.resolution_of(model.system)
-  return [
-    prompt_sets.of_split(sources.of(split, side), split, flags.pictures or PICTURES, flags.each)
-    for split in splits
-  ]
+  sets = []
+  for split in splits:
+    source, pictures = sources.of(split, side), flags.pictures or PICTURES
+    # A caption may be drawn again with other noise; a picture comes back the same.
+    if model.reconstructs and not source.infinite and pictures > len(source):
+      if flags.pictures:
+        raise UserError(f"--pictures={pictures}: split '{split}' has {len(source)}; take fewer, or "
+                        "another --split")
+      pictures = len(source)
+    sets.append(prompt_sets.of_split(source, split, pictures, flags.each))
+  return sets
 
 
 def _possible(flags, config, models: Sequence[Model]) -> list[str]:
   """What is measured where nothing is asked for: the loss and the verifier's score."""
   if flags.prompts:
     return []
+  if models[0].reconstructs:
+    return list(scoring.OF_RECONSTRUCTIONS)
   possible = []
   if all(isinstance(model.system, Evaluated) for model in models):
     possible.append(LOSS)
@@ -186,7 +170,7 @@ def _warn_of_cut_prompts(models: Sequence[Model], sets: Sequence[PromptSet]) -> 
 
 @contextlib.contextmanager
 def _folder(
-  flags, at: Sequence[Point], sets: Sequence[PromptSet], shards: int
+  flags, at: Sequence[Point], sets: Sequence[PromptSet], sources: prompt_sets.Sources, shards: int
 ) -> Iterator[tuple[epath.Path, bool]]:
   """The folder that everything goes to, and whether it is kept."""
   identity = {
@@ -196,6 +180,14 @@ def _folder(
     "exports": {p.model.name: {"hash": p.model.digest, "step": p.model.exported.step} for p in at},
     "points": {point.label: point.options for point in at},
   }
+  if at[0].model.reconstructs:
+    sides = sorted({batch_spec.resolution_of(point.model.system) for point in at})
+    identity["data"] = {
+      "name": sources.config.data.name,
+      "options": json.loads(sources.config.data.options.to_json_best_effort()),
+      "resolutions": sides,
+      "digests": {s.name: sources.of(s.split, sides[0]).digest() for s in sets},
+    }
   if flags.output:
     with folder.opened(flags.output, identity) as path:
       yield path, True
@@ -235,37 +227,46 @@ def _save_reference(flags, by_point: dict[tuple[str, str], dict]) -> None:
 
 
 def _measure(
-  flags, model: Model, at: Sequence[Point], sets: Sequence[PromptSet], metrics: Sequence[str],
-  networks: Networks, by_point, sources: prompt_sets.Sources, path: epath.Path, shards: int,
-  stop: Callable[[], bool],
+  flags, mesh: Mesh, model: Model, at: Sequence[Point], sets: Sequence[PromptSet],
+  metrics: Sequence[str], networks: Networks, by_point, sources: prompt_sets.Sources,
+  path: epath.Path, stop: Callable[[], bool],
 ) -> list[dict[str, Any]]:
-  """Draws and scores all points of one export; the rows of the results."""
-  pipeline = Pipeline.load(model.path, guide=flags.guide)
-  rows = []
+  """Draws, or reconstructs, and scores all points of one export; the rows of the results."""
+  made = Reconstructor(model, mesh) if model.reconstructs else Pipeline.load(
+    model.path, guide=flags.guide
+  )
+  rows, side, shards = [], batch_spec.resolution_of(model.system), batch_shards(mesh)
   for prompts in sets:
-    losses = {}
+    losses, originals = {}, None
     if LOSS in metrics:
-      side = batch_spec.resolution_of(model.system)
       source = sources.of(prompts.split, side, bucketed=True)
-      losses = held_out.held_out_loss(pipeline, source, prompts.split, flags.batch_size)
+      losses = held_out.held_out_loss(made, source, prompts.split, flags.batch_size)
+    if model.reconstructs:
+      originals = sources.of(prompts.split, side)
     for point in at:
       kept = _shards(path, point, prompts, flags.batch_size, shards)
       results = scoring.loss_results(losses, prompts.split)
       if metrics != [LOSS]:
-        progress = Progress(f"{point.label}, {prompts.name}")
-        drawing.draw(pipeline, prompts, flags.seed, point.options, kept, stop, progress)
+        if model.reconstructs:
+          batches, verb = drawing.of_split(made, originals, kept.size), "reconstructed"
+        else:
+          batches, verb = drawing.of_prompts(
+            made, prompts, flags.seed, point.options, kept.size), "drawn"
+        progress = Progress(f"{point.label}, {prompts.name}", verb)
+        drawing.draw(batches, kept, stop, progress)
       values = {}
       if VERIFIER in metrics:
         results[VERIFIER], values[VERIFIER] = scoring.judged(sources.config, prompts, kept)
       found, scores = scoring.measured(
         [name for name in metrics if name not in OWN], prompts, kept, networks,
         by_point[model.name, prompts.name], flags.seed, stop,
-        Progress(f"{point.label}, {prompts.name}", "measured"),
+        Progress(f"{point.label}, {prompts.name}", "measured"), originals,
       )
-      results |= {name: scoring.as_json(name, result) for name, result in found.items()}
+      how = described(model, sources.config, prompts.split) if originals else ""
+      results |= {name: scoring.as_json(name, result, how) for name, result in found.items()}
       rows.append(outcome.row(
         point, prompts, kept, path, flags.seed, results,
-        scoring.by_category(prompts, scores, values),
+        scoring.by_category(prompts, scores, values), how,
       ))
   return rows
 

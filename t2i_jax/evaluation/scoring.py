@@ -1,28 +1,35 @@
 """Scores of what was drawn, each with all that it depends on."""
 
+import dataclasses
 import json
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from t2i_jax import batch_spec
-from t2i_jax.data.base import digest_of
+from t2i_jax.data.base import Source, digest_of
 from t2i_jax.errors import UserError, unknown
 from t2i_jax.evaluation import verifier
 from t2i_jax.evaluation.drawing import PICTURES, Progress, Stopped
 from t2i_jax.evaluation.folder import Shards
-from t2i_jax.evaluation.prompt_sets import PromptSet
+from t2i_jax.evaluation.prompt_sets import PromptSet, pictures_of
 from t2i_jax.metrics.reference import Reference
 from t2i_jax.metrics.registry import METRICS, Networks, make
 from t2i_jax.metrics.scores import Result, Scores, Seen
 from t2i_jax.parallel.distributed import agree_any, broadcast_bytes, is_primary
 
-DISTANCES = ("fid", "fd_", "kid", "kd_", "cmmd")  # results that are better when they are lower
+# Beginnings of results that are better when they are lower, and that are neither way.
+DISTANCES = ("fid", "fd_", "rfid", "rfd_", "kid", "kd_", "cmmd", "lpips_distance",
+             "feature_net_distance")  # fmt: skip
+NEITHER = ("latent_",)
 MEANS = ("clip_score", "clip_cosine")  # metrics that are means over pictures, of a category too
 SAVE_SECONDS = 30.0  # between two savings of what is kept of the pictures
 LOSS, VERIFIER = "loss", "verifier"
+OF_RECONSTRUCTIONS = ("psnr", "ssim", "latents")  # where nothing else is asked for
 OWN = {
   LOSS: "the system's loss on the split",
   VERIFIER: "share of pictures that the data set's verifier finds right",
@@ -40,15 +47,33 @@ def listing() -> str:
   return "\n".join(lines)
 
 
-def check_names(names: Sequence[str], each: int) -> None:
-  """Raises UserError for a metric that does not exist, or that drawn pictures cannot have."""
+def check_known(names: Sequence[str]) -> None:
+  """Raises UserError for a metric that does not exist."""
   for name in names:
     if name not in OWN and name not in METRICS:
       raise unknown("metric", name, [*OWN, *METRICS])
+
+
+def check_names(names: Sequence[str], each: int, reconstructs: bool = False) -> None:
+  """Raises UserError for a metric that does not exist, or that the pictures cannot have.
+
+  Args:
+    names: of the metrics.
+    each: pictures of a prompt.
+    reconstructs: whether they are reconstructions, not drawn.
+  """
+  check_known(names)
+  for name in names:
     needs = METRICS[name].needs if name in METRICS else ()
-    if "originals" in needs or "codes" in needs:
+    if reconstructs:
+      if lacking := {"repeats", "codes"} & set(needs):
+        what = "several pictures of a caption" if "repeats" in lacking else "a tokenizer's codes"
+        raise UserError(f"{name} needs {what}, and a first stage gives one reconstruction of each "
+                        "picture; choose another metric")
+      continue
+    if set(needs) & {"originals", "codes", "latents"}:
       raise UserError(f"{name} compares a picture with what it was made of, and drawn pictures "
-                      "were made of text; choose another metric")
+                      "were made of text; choose another metric, or --export a first stage")
     if "repeats" in needs and each < 2:
       raise UserError(f"{name} compares pictures of the same prompt; draw several with --each=2 or "
                       "more")
@@ -72,8 +97,9 @@ def check_measurable(scores: Scores, size: tuple[int, int], prompts: PromptSet) 
 def measured(
   names: Sequence[str], prompts: PromptSet, shards: Shards, networks: Networks,
   references: Mapping[str, Reference], seed: int, stop: Callable[[], bool], progress: Progress,
+  originals: Source | None = None,
 ) -> tuple[dict[str, Result], Scores | None]:
-  """What the metrics of `METRICS` say of drawn pictures.
+  """What the metrics of `METRICS` say of drawn pictures, or of reconstructions of `originals`.
 
   Pictures are measured in their order, and what is kept of them is stored every so often and read
   back exactly, so that an interrupted command's numbers are those of one that was not.
@@ -90,8 +116,8 @@ def measured(
   scores = make(names, networks, references, seed)
   key = digest_of(json.dumps(scores.identity, sort_keys=True))[:12]
   path = shards.folder / f"state_{key}.npz"
-  if broadcast_bytes(b"1" if path.exists() else b"0") == b"1":
-    scores.restore(path)
+  if broadcast_bytes(b"1" if path.exists() else b"0") == b"1" and not _restored(scores, path):
+    scores = make(names, networks, references, seed)
   captions = prompts.captions
   progress.begin(shards.total, scores.n)
   saved = time.monotonic()
@@ -99,8 +125,12 @@ def measured(
     rows = shards.rows(shard)
     if rows.start < scores.n:
       continue  # a state is always of whole shards
-    images = shards.read(PICTURES, shard)["images"]
-    scores.update(images, index=np.array(rows), captions=captions[rows.start : rows.stop])
+    kept, index = shards.read(PICTURES, shard), np.array(rows)
+    compared = originals is not None and "originals" in scores.needs
+    scores.update(
+      kept["images"], index, captions[rows.start : rows.stop],
+      pictures_of(originals, index) if compared else None, latents=kept.get("latents"),
+    )
     progress.add(len(rows))
     stopping = agree_any(stop())
     last = rows.stop == shards.total
@@ -113,12 +143,31 @@ def measured(
   return scores.results(), scores
 
 
-def as_json(name: str, result: Result) -> dict[str, Any]:
-  """A result for `scores.json`."""
+def _restored(scores: Scores, path: epath.Path) -> bool:
+  """Whether what was kept could be read, on all processes; the pictures are there to be measured
+  again."""
+  try:
+    scores.restore(path)
+    failed = ""
+  except UserError as error:
+    failed = str(error)
+  if agree_any(bool(failed)):
+    if is_primary():
+      print(f"warning: {failed or path}; the pictures are measured again", file=sys.stderr)
+    return False
+  return True
+
+
+def as_json(name: str, result: Result, reconstruction: str = "") -> dict[str, Any]:
+  """A result for `scores.json`; `reconstruction` says of what it is one, if it is."""
+  if reconstruction:
+    about = {**result.about, "reconstruction": reconstruction}
+    result = dataclasses.replace(result, about=about)
   described = result.described()
+  better = "lower" if name.startswith(DISTANCES) else "higher"
   return {
     "value": described["value"], "n": result.n, "deviation": described.get("deviation"),
-    "better": "lower" if name.startswith(DISTANCES) else "higher", "about": dict(result.about),
+    "better": "" if name.startswith(NEITHER) else better, "about": dict(result.about),
     "remarks": list(result.remarks), "line": result.line(),
   }
 

@@ -102,8 +102,14 @@ def notes(rows: Sequence[Row]) -> list[str]:
   """What the rows' numbers depend on, a line each: drawing, exports, networks, references."""
   first, lines = rows[0], []
   each = f", {first['each']} of each" if first["each"] > 1 else ""
-  lines.append(f"{first['pictures']} pictures of {first['captions']} captions{each} "
-               f"({first['set']}), seed {first['seed']}")
+  reconstructed = "reconstruction" in first
+  if reconstructed:
+    lines.append(f"{first['pictures']} real pictures of {first['set']}, each against what becomes "
+                 "of it: encoded to the mean of its latents' distribution, decoded, rounded to 8 "
+                 f"bits; seed {first['seed']} of what metrics draw")
+  else:
+    lines.append(f"{first['pictures']} pictures of {first['captions']} captions{each} "
+                 f"({first['set']}), seed {first['seed']}")
   for model in {row["export"]["name"]: row["export"] for row in rows}.values():
     own = [row for row in rows if row["export"]["name"] == model["name"]]
     kept = {k: v for k, v in own[0]["told"].items() if k not in own[0]["swept"]}
@@ -111,7 +117,7 @@ def notes(rows: Sequence[Row]) -> list[str]:
     weights = "moving average" if model["ema"] else "weights of the last step"
     lines.append(f"{model['name']}: {model['system']}, step {model['step']}, {weights}, "
                  f"{model['resolution']} px, hash {model['hash'][:12]}, "
-                 f"{model['path']}; options {options}")
+                 f"{model['path']}{'' if reconstructed else f'; options {options}'}")
   several = len(rows) > 1
   for name in result_names(rows):
     given = [row for row in rows if name in row["results"]]

@@ -9,6 +9,7 @@ import numpy as np
 
 from t2i_jax.errors import UserError
 from t2i_jax.metrics import codebook as codebooks
+from t2i_jax.metrics import latents as latent
 from t2i_jax.metrics import matching, pixels
 from t2i_jax.metrics.inception_score import inception_score as score_of_logits
 from t2i_jax.metrics.making import CLIP_SCORE, MANY, Making, about_of, few, meant
@@ -194,3 +195,25 @@ def codebook(making: Making, name: str, features: None) -> Metric:
     ]
 
   return Metric(name, parts, compute, frozenset({"codes"}), 1)
+
+
+def latents(making: Making, name: str, features: None) -> Metric:
+  """What an autoencoder's latents are like."""
+  parts, part = making.part("latents", lambda: Collected(lambda batch: batch.latents))
+
+  def compute(seen: Seen) -> Sequence[Result]:
+    sums = seen.rows(part)
+    found, kl = latent.statistics(sums), latent.divergences(sums).mean(axis=1)
+    about = {"channels": found["channels"], "of": "draws from the latents' distributions"}
+    idle, channels = found["idle"], len(found["channels"]["kl"])
+    remark = (
+      (f"{idle} of {channels} channels carry less than {latent.IDLE} nats a dimension",)
+      if idle else ()
+    )
+    return [
+      _mean("latent_kl", kl, about, remark),
+      Result("latent_mean", found["mean"], seen.n, about),
+      Result("latent_std", found["std"], seen.n, about),
+    ]
+
+  return Metric(name, parts, compute, frozenset({"latents"}), 1)

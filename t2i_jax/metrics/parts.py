@@ -20,12 +20,14 @@ class Batch:
     captions: N texts, or None.
     originals: what the pictures are reconstructions of, as `images`; or None.
     codes: int [N, ...] of a tokenizer, or None.
+    latents: float32 [N, 4, c] of an autoencoder, as of `latents.sums_of`; or None.
   """
 
   images: np.ndarray
   captions: tuple[str, ...] | None = None
   originals: np.ndarray | None = None
   codes: np.ndarray | None = None
+  latents: np.ndarray | None = None
 
   def __post_init__(self):
     object.__setattr__(self, "_found", {})

@@ -17,7 +17,7 @@ INCEPTION, DINOV2, TOWERS, PERCEPTUAL, FEATURE_NET = (
 )
 KINDS = (INCEPTION, DINOV2, TOWERS, PERCEPTUAL, FEATURE_NET)
 # What a metric may need besides pictures.
-NEEDS = ("reference", "reference_rows", "captions", "repeats", "originals", "codes")
+NEEDS = ("reference", "reference_rows", "captions", "repeats", "originals", "codes", "latents")
 OPTIONS = {
   "subsets": 100, "subset_size": 1000,  # of KID
   "splits": 10,  # of the Inception Score
@@ -122,6 +122,9 @@ METRICS: dict[str, Entry] = {
   "ssim": Entry("structural similarity of reconstructions", "", _ORIGINALS, of_pictures.ssim),
   "codebook": Entry("share of a tokenizer's codes that are used, and their perplexity", "",
                     frozenset({"codes"}), of_pictures.codebook),
+  "latents": Entry("of an autoencoder's latents: KL to the standard normal distribution in nats a "
+                   "dimension, mean and standard deviation", "", frozenset({"latents"}),
+                   of_pictures.latents),
 }  # fmt: skip
 
 

@@ -44,5 +44,7 @@ class Result:
     if self.about.get("reference_digest"):
       count, source = self.about["reference_pictures"], self.about["reference"]
       made.append(f"against {count or 'an unknown number of'} pictures of {source or 'a file'}")
+    if "reconstruction" in self.about:
+      made.append(self.about["reconstruction"])
     text = f"{self.name} {self.value:.5g}{spread} ({'; '.join(made)})"
     return "".join([text, *(f"; note: {remark}" for remark in self.remarks)])

@@ -44,7 +44,7 @@ class Metric:
     name: in the registry.
     parts: what it needs kept, by a key that says all of what it is: equal keys are kept once.
     compute: the scores of what was seen, by name.
-    needs: what pictures must bring: "captions", "originals", "codes".
+    needs: what pictures must bring: "captions", "originals", "codes", "latents".
     least: pictures below which there is no score.
     check: raises UserError for pictures of a size (height, width) that cannot be measured.
   """
@@ -82,7 +82,7 @@ class Scores:
 
   @functools.cached_property
   def needs(self) -> frozenset[str]:
-    """What pictures must bring, of "captions", "originals" and "codes"."""
+    """What pictures must bring, of "captions", "originals", "codes" and "latents"."""
     return frozenset().union(*(metric.needs for metric in self.metrics.values()))
 
   def check(self, resolution: tuple[int, int]) -> None:
@@ -93,7 +93,7 @@ class Scores:
   def update(
     self, images: np.ndarray, index: Sequence[int] | None = None,
     captions: Sequence[str] | None = None, originals: np.ndarray | None = None,
-    codes: np.ndarray | None = None,
+    codes: np.ndarray | None = None, latents: np.ndarray | None = None,
   ) -> None:
     """Adds pictures.
 
@@ -103,6 +103,7 @@ class Scores:
       captions: of the pictures.
       originals: uint8, as `images`: what they are reconstructions of.
       codes: int [N, ...] of a tokenizer.
+      latents: float32 [N, 4, c] of an autoencoder, as of `latents.sums_of`.
 
     Raises:
       UserError: a picture is there already, or of another size, or something needed is missing.
@@ -116,7 +117,7 @@ class Scores:
     elif size != self.resolution:
       raise UserError(f"pictures of {size[1]}x{size[0]} after some of {self.resolution[1]}x"
                       f"{self.resolution[0]}; measure those of one size together")
-    given = {"captions": captions, "originals": originals, "codes": codes}
+    given = {"captions": captions, "originals": originals, "codes": codes, "latents": latents}
     for name, value in given.items():
       wanting = [m.name for m in self.metrics.values() if name in m.needs]
       if wanting and value is None:
@@ -124,7 +125,7 @@ class Scores:
       if value is not None and len(value) != len(images):
         raise UserError(f"{len(value)} {name} for {len(images)} pictures; give one of each")
     texts = None if captions is None else tuple(captions)
-    batch = Batch(np.asarray(images), texts, originals, codes)
+    batch = Batch(np.asarray(images), texts, originals, codes, latents)
     measured = {key: part.measure(batch) for key, part in self._parts.items()}
     # All or nothing: what failed above has left no part with more pictures than others.
     for key, part in self._parts.items():

@@ -12,6 +12,7 @@ import numpy as np
 
 from t2i_jax.errors import UserError, unknown
 from t2i_jax.systems.base import Array, Batch, Conditioning, System
+from t2i_jax.systems.pictures import normalize_images, quantize_images
 from t2i_jax.systems.trees import Variables
 
 
@@ -164,6 +165,15 @@ class Evaluated(Protocol):
     self, variables: Variables, batch: Batch, rng: Array
   ) -> dict[str, Array]:
     """Per-example metrics [B], which the caller averages over valid rows."""
+
+
+def reconstruct(
+  first_stage: FirstStage, variables: Variables, images: Array
+) -> tuple[Array, Array]:
+  """Pictures, uint8 [B, H, W, 3], decoded from their mean latents, as uint8; and their moments."""
+  moments = first_stage.encode(variables, normalize_images(images))
+  mean, _ = jnp.split(moments, 2, axis=-1)
+  return quantize_images(first_stage.decode(variables, mean)), moments
 
 
 def require(system: System, capability: type, what: str) -> None:
