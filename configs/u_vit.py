@@ -8,7 +8,10 @@
 "small" models pixels, the published sizes the latents of a first stage. On photographs the text is
 CLIP L's, 77 tokens, as published; elsewhere a small encoder is trained with it.
 
-Expected: not known, no size was trained to its end here.
+Expected of "small" on "scenes", seed 0, after 2,700 of its steps, which are the FLOPs of
+`configs/ddpm.py`'s 4,700: 30 % of 256 held-out captions right in everything (place 100 %, colour
+94.5 %, shape 31 %), 0 % with the captions shuffled; after 31 minutes on one CPU core, the other
+busy. The published sizes were not trained here.
 
 Arguments:
   size: "small" (32 px, for two CPU cores, the default); "S/2" and "S/2-deep", the published
