@@ -1,10 +1,12 @@
 """Adapters by the commands: trained on an export, drawn with, merged, saved and loaded."""
 
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
-from runs import ROOT, assert_same_bits, config_of, metrics, train_on
+from runs import ROOT, assert_same_bits, config_of, metrics, saved_steps, train_on
 
 import t2i_jax
 from t2i_jax import adapters, assembly, export
@@ -15,6 +17,9 @@ pytestmark = pytest.mark.usefixtures("compiled_programs")
 
 DDPM, LORA = ROOT / "configs" / "ddpm.py", ROOT / "configs" / "lora.py"
 QUIET = {"sample__every": 0, "evaluate__every": 0}
+# One level with every kind of layer that takes adapters: each more is compiled in every program.
+BASE = {"model__multipliers": "(1,)", "model__attention_levels": "(0,)", "model__draft": 0,
+        "model__attention": "transformer"}
 PROMPTS = ["a red ring", "a blue square at the top"]
 
 
@@ -23,7 +28,7 @@ def base(tmp_path_factory, compiled_programs):
   """An export to adapt."""
   workdir = tmp_path_factory.mktemp("base")
   train_on(config_of(DDPM, train__duration=2, optimizer__learning_rate=1e-2,
-                     model__attention="transformer", **QUIET), workdir)
+                     **BASE, **QUIET), workdir)
   return workdir / "export"
 
 
@@ -61,12 +66,15 @@ def test_training_changes_the_adapters_alone(run, base):
   assert (workdir / "samples" / "step_00000004.png").exists()
 
 
-def test_a_run_that_was_stopped_goes_on(run, base, tmp_path):
-  workdir, state = run
-  settings = {"sample__every": 4, "model__alpha": 3.0}
-  train_on(lora_config(base, 2, **settings), tmp_path)
-  again = train_on(lora_config(base, 4, **settings), tmp_path)
-  assert_same_bits(again, state)
+def test_a_run_that_was_stopped_goes_on(run, base, tmp_path, at_step):
+  config = lora_config(base, 4, model__alpha=3.0)
+  at_step(1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+  train_on(config, tmp_path)
+  assert saved_steps(tmp_path)[-1] == 2
+  at_step(None, None)
+  again = train_on(config, tmp_path)
+  assert again.step == 4
+  assert_same_bits(again, run[1])
 
 
 @pytest.mark.full
@@ -93,9 +101,11 @@ def test_merged_they_draw_the_same(run, base, tmp_path):
 @pytest.mark.parametrize("options", [
   {}, {"model__targets": "middle_attention/.*(query|out)$,^denoiser/conv_in$"},
 ], ids=["default", "chosen"])  # fmt: skip
-def test_saved_and_loaded_they_are_the_same(base, tmp_path, options):
-  train_on(lora_config(base, 2, model__alpha=3.0, **options), tmp_path / "run")
-  source, file = tmp_path / "run" / "export", tmp_path / "lora.safetensors"
+def test_saved_and_loaded_they_are_the_same(run, base, tmp_path, options):
+  source, file = run[0] / "export", tmp_path / "lora.safetensors"
+  if options:
+    train_on(lora_config(base, 2, model__alpha=3.0, **options), tmp_path / "run")
+    source = tmp_path / "run" / "export"
   command("save", f"--export={source}", f"--output={file}")
   command("load", f"--base={base}", f"--source={file}", f"--output={tmp_path / 'loaded'}")
   one, other = export.read(source), export.read(tmp_path / "loaded")

@@ -62,7 +62,10 @@ def test_the_same_run_without_the_encoder(one, cache, tmp_path):
 
 
 def test_the_same_for_diffusion_on_two_encoders(two, tmp_path):
-  settings = dict(path=DDPM, duration=2, text__drop=0.5, text__drop_each=0.5, sample__every=0)
+  # One level, which reads the text, and no draft: each more is compiled in every program.
+  settings = dict(path=DDPM, duration=2, text__drop=0.5, text__drop_each=0.5, sample__every=0,
+                  model__multipliers="(1,)", model__attention_levels="(0,)", model__draft=0,
+                  model__patch=2)
   path = tmp_path / "cache"
   precompute_text.write_features(config(two, **settings), str(path), ("train",), "float32", 4096)
   there = train_on(config(two, **settings), tmp_path / "encoder")
