@@ -52,7 +52,7 @@ setup(
     "beam": ["apache-beam>=2.77,<2.78"],  # data sets that outgrow a machine
     "gcs": ["gcsfs>=2025.9,<2027"],  # work directories on gs://
     "test": TEST,
-    "plots": ["matplotlib>=3.11,<3.12"],  # of evaluate, and of benchmarks/curve.py
+    "plots": ["matplotlib>=3.11,<3.12"],  # of evaluate, and of benchmarks
     "parity": ["torch>=2.13,<2.16", "diffusers>=0.39,<0.43"],
   },
 )

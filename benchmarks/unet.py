@@ -1,6 +1,7 @@
 """A small U-Net against diffusers' on PyTorch: a training step, and 20 steps of sampling.
 
   python benchmarks/unet.py            # needs the extra "parity"
+  python benchmarks/unet.py --profile  # where the training step's time goes
 
 The same network (64, 128, 128 channels, 32 px, 16 pictures at a time) with the same weights, which
 are checked to give the same output; float32; rounds in turns, both sides warm.
@@ -9,12 +10,12 @@ are checked to give the same output; float32; rounds in turns, both sides warm.
 import argparse
 import dataclasses
 import statistics
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from parts import Part, in_turns, profile, reference_profile
 
 from t2i_jax.networks.unet import UNet
 from t2i_jax.parallel.compiler_flags import compiler_options
@@ -31,6 +32,8 @@ def main() -> None:
   parser.add_argument("--rounds", type=int, default=10)
   parser.add_argument("--batch-size", type=int, default=16)
   parser.add_argument("--resolution", type=int, default=32)
+  parser.add_argument("--profile", action="store_true",
+                      help="times of our step's parts, and PyTorch's own profile of its step")
   flags = parser.parse_args()
   import torch
 
@@ -54,10 +57,14 @@ def main() -> None:
   print(f"{sum(v.size for v in jax.tree.leaves(params)):,} parameters, {shape}, medians of "
         f"{flags.rounds} rounds, {torch.get_num_threads()} threads, jax {jax.__version__}, torch "
         f"{torch.__version__}")
+  if flags.profile:
+    print(profile(*parts_of(network, params, x, noise, t), flags.rounds))
+    print(reference_profile(reference_training(reference, x, noise, t)))
+    return
   ours, theirs = training(network, params, x, noise, t), reference_training(reference, x, noise, t)
-  report("training step", *measured(ours, theirs, flags.rounds))
+  report("training step", *in_turns(ours, theirs, rounds=flags.rounds))
   ours, theirs = sampling(network, params, x), reference_sampling(reference, x)
-  report("20 sampling steps", *measured(ours, theirs, max(flags.rounds // 3, 3)))
+  report("20 sampling steps", *in_turns(ours, theirs, rounds=max(flags.rounds // 3, 3)))
 
 
 def reference_network(resolution: int):
@@ -86,18 +93,24 @@ def check(network, params, reference, x, t) -> None:
   assert error < 1e-4
 
 
-def training(network, params, x, noise, t):
-  """A step: forward, backward, AdamW."""
+def functions(network):
+  """The optimizer; and of the parameters and a batch: loss, and a step of AdamW."""
   optimizer = optax.adamw(RATE)
 
-  def step(params, state, x, noise, t):
-    def loss(params):
-      return jnp.mean(jnp.square(network.apply({"params": params}, x, t, train=True) - noise))
+  def loss(params, x, noise, t):
+    return jnp.mean(jnp.square(network.apply({"params": params}, x, t, train=True) - noise))
 
-    gradients = jax.grad(loss)(params)
+  def step(params, state, x, noise, t):
+    gradients = jax.grad(loss)(params, x, noise, t)
     updates, state = optimizer.update(gradients, state, params)
     return optax.apply_updates(params, updates), state
 
+  return optimizer, loss, step
+
+
+def training(network, params, x, noise, t):
+  """A step: forward, backward, AdamW."""
+  optimizer, _, step = functions(network)
   step = jax.jit(step, donate_argnums=(0, 1), compiler_options=compiler_options("cpu"))
   held = [jax.tree.map(jnp.copy, params)]
   held.append(optimizer.init(held[0]))
@@ -107,6 +120,22 @@ def training(network, params, x, noise, t):
     jax.block_until_ready(held)
 
   return run
+
+
+def parts_of(network, params, x, noise, t):
+  """What `parts.profile` takes of a step: its parts, itself, and its arguments."""
+  optimizer, loss, step = functions(network)
+  state, batch = optimizer.init(params), (x, noise, t)
+
+  def update(gradients, state, params):
+    updates, state = optimizer.update(gradients, state, params)
+    return optax.apply_updates(params, updates), state
+
+  return [
+    Part("forward", loss, (params, *batch)),
+    Part("forward and backward", jax.value_and_grad(loss), (params, *batch)),
+    Part("AdamW", update, (params, state, params)),
+  ], step, (params, state, *batch)
 
 
 def reference_training(reference, x, noise, t):
@@ -149,19 +178,6 @@ def reference_sampling(reference, x):
         x = x - 0.05 * reference(x, torch.tensor(t)).sample
 
   return run
-
-
-def measured(ours, theirs, rounds: int) -> tuple[list[float], list[float]]:
-  """Seconds of both in turns, after one warm-up each."""
-  times = [], []
-  for side in (ours, theirs):
-    side()
-  for _ in range(rounds):
-    for side, found in zip((ours, theirs), times, strict=True):
-      started = time.perf_counter()
-      side()
-      found.append(time.perf_counter() - started)
-  return times
 
 
 def report(what: str, ours: list[float], theirs: list[float]) -> None:
