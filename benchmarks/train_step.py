@@ -127,7 +127,9 @@ class Ours:
     from t2i_jax.weights.stored import Stored
 
     width, depth, heads, resolution = SIZES[flags.size]
-    config = config_files.load_config("configs/dit.py:size=S/2,labels=yes", {**SETTINGS, **settings})
+    config = config_files.load_config(
+      "configs/dit.py:size=S/2,labels=yes", {**SETTINGS, **settings}
+    )
     with config.unlocked():
       config.model.update(width=width, depth=depth, heads=heads, resolution=resolution,
                           classes=(("class", CLASSES),))
