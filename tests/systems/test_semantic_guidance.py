@@ -141,6 +141,7 @@ def test_what_a_user_gives_is_what_guides(moved):
     ({"text": 0.0}, weights(semantic=100.0)),
     ({"style": 3.0, "text": 2.0}, weights(text=2.0, style=3.0)),
     ({"content": 5.0}, weights(text=100.0, content=5.0)),
+    ({"semantic": 0.0}, weights(text=100.0)),
   ):
     extra = SYSTEM.read(moved, text | SYSTEM.references(image, given))
     np.testing.assert_array_equal(extra[GIVEN_WEIGHTS], expected[:1])

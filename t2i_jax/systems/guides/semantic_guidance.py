@@ -146,7 +146,7 @@ class SemanticGuidance(base.System):
         raise UserError("the guide's weights of likeness to a picture ("
                         f"{', '.join(kind for kind in KINDS[1:] if chosen[kind])}) have none to be "
                         "like; give a picture too")
-    elif not of_picture:
+    elif not of_picture and "semantic" not in weights:
       chosen["semantic"] = self.text_weight
     given = {"weights": np.array([[chosen[kind] for kind in KINDS]], np.float32)}
     return given if image is None else {**given, "image": image[None]}
