@@ -17,6 +17,7 @@ from t2i_jax.errors import UserError, unknown
 from t2i_jax.parallel.distributed import is_primary
 from t2i_jax.systems import trees
 from t2i_jax.systems.base import System
+from t2i_jax.systems.trees import Variables
 from t2i_jax.text.tokenizer import Tokenizers
 from t2i_jax.values import typed
 
@@ -74,27 +75,37 @@ def _described(about: Mapping[str, Any]) -> dict[str, System]:
 
 
 def check_fits(system: System, exported: export.Export) -> None:
-  """Raises UserError unless the export's arrays are those that its system has now."""
-  kept = lambda variables, names: {  # noqa: E731
-    kind: {name: tree for name, tree in groups.items() if name in names}
-    for kind, groups in variables.items()
-  }
-  frozen = kept(exported.variables, system.frozen_groups)
+  """Raises UserError unless an export's arrays have the names and shapes of its system's.
+
+  So with those of the components in it. Names change from version to version. Nothing is
+  computed, and no number is read.
+
+  Args:
+    system: of the export's config and components.
+    exported: with arrays, or anything that has their shape and type.
+  """
+  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), exported.variables)
+  _check_fits(system, exported.components, shapes, f"the export {exported.path}")
+
+
+def _check_fits(
+  system: System, components: Mapping[str, Any], variables: Variables, whose: str
+) -> None:
+  """Components first, as a system may compute with them when it is initialised."""
+  for name, part in _described(components).items():
+    _check_fits(part, components[name]["components"], trees.group(variables, name),
+                f"{whose}: its component {name}")
+  frozen, _ = trees.split(variables, system.frozen_groups)
   wanted = jax.eval_shape(
     lambda batch, frozen: system.init(jax.random.key(0), batch, frozen),
     batch_spec.abstract_batch(system, 2), frozen,
   )  # fmt: skip
-  shapes = lambda variables: {  # noqa: E731
-    name: x.shape for name, x in trees.flatten(kept(variables, system.ema_groups)).items()
-  }
-  wanted, given = shapes(wanted), shapes(exported.variables)
-  wrong = sorted(k for k in wanted | given if wanted.get(k) != given.get(k))
-  if wrong:
-    raise UserError(
-      f"the export {exported.path} does not fit its config: {len(wrong)} of {len(wanted)} arrays "
-      f"are missing, have no place or have another shape, such as {wrong[0]}; use the version of "
-      "t2i_jax that wrote it, or export its run again"
-    )
+  wanted, given = (
+    trees.flatten(trees.split(of, system.ema_groups)[0]) for of in (wanted, variables)
+  )
+  if found := trees.differences(wanted, given):
+    raise UserError(f"{whose} does not fit its config: of {len(wanted)} arrays {found}; use the "
+                    "version of t2i_jax that wrote it, or export its run again")
 
 
 def load_components(config: ConfigDict, workdir: epath.Path | None = None) -> Components:
@@ -108,7 +119,7 @@ def load_components(config: ConfigDict, workdir: epath.Path | None = None) -> Co
     workdir: of the run.
 
   Raises:
-    UserError: for an export that cannot be read.
+    UserError: for an export that cannot be read, or whose arrays are not its system's.
   """
   from t2i_jax.training.checkpoint import Checkpoints
 
@@ -143,6 +154,7 @@ def load_components(config: ConfigDict, workdir: epath.Path | None = None) -> Co
     except UserError as error:
       raise UserError(f"components.{name}: {error}") from error
     found.systems[name] = build_with(exported.config, exported.components)
+    check_fits(found.systems[name], exported)
     found.tokenizers[name] = exported.tokenizers
     found.about[name] = {"config": exported.config.to_dict(), "components": exported.components,
                          "step": exported.step, "fingerprint": export.fingerprint(path)}

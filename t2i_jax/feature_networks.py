@@ -136,7 +136,7 @@ def towers_network(path: str | os.PathLike, on_device: bool = False) -> Network:
   path = Path(path).expanduser()
   if (path / export.VARIABLES).is_file():
     exported = _exported(path, "clip")
-    module = assembly.build_with(exported.config, exported.components).network
+    module = _system(exported).network
     variables = trees.group(exported.variables, TOWERS_GROUP)
     (tokenizer,) = exported.tokenizers.of.values()
   else:
@@ -194,7 +194,7 @@ def perceptual_network(path: str | os.PathLike) -> Network:
   path = Path(path).expanduser()
   if (path / export.VARIABLES).is_file():
     exported = _exported(path, "lpips")
-    system = assembly.build_with(exported.config, exported.components)
+    system = _system(exported)
     variables = exported.variables
   else:
     blocks, params = load_lpips(path)
@@ -210,7 +210,7 @@ def perceptual_network(path: str | os.PathLike) -> Network:
 def feature_net_network(path: str | os.PathLike) -> Network:
   """A small classifier that was trained here, whose scores are called by its data set."""
   exported = _exported(Path(path).expanduser(), "feature_net")
-  system = assembly.build_with(exported.config, exported.components)
+  system = _system(exported)
   trained_on = exported.config.data.name
 
   def outputs(variables, images):
@@ -236,3 +236,10 @@ def _exported(path: Path, system: str) -> export.Export:
   if exported.config.system != system:
     raise UserError(f"'{path}' is an export of {exported.config.system}, not of {system}")
   return exported
+
+
+def _system(exported: export.Export) -> Any:
+  """The system of an export; UserError where its arrays are not those that it has now."""
+  system = assembly.build_with(exported.config, exported.components)
+  assembly.check_fits(system, exported)
+  return system

@@ -227,7 +227,9 @@ def _initialised(state: State, system: System, exported: export.Export) -> State
     shared = [group for group in tree if group in exported.variables.get(kind, {})]
     given = trees.flatten({group: exported.variables[kind][group] for group in shared})
     wanted = trees.flatten({group: tree[group] for group in shared})
-    _compare(exported.path, wanted, given)
+    if found := trees.differences(wanted, given):
+      raise UserError(f"init_from={exported.path} does not fit this config: of {len(wanted)} "
+                      f"arrays {found}; use the model and text sections that it was trained with")
     new = {
       name: place(np.asarray(given[name], x.dtype), x.sharding) for name, x in wanted.items()
     }
@@ -251,17 +253,6 @@ def _initialised(state: State, system: System, exported: export.Export) -> State
       for kind, groups in state.ema_collections.items()
     },
   )
-
-
-def _compare(path: Any, wanted: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-  missing, more = sorted(set(wanted) - set(given)), sorted(set(given) - set(wanted))
-  wrong = sorted(k for k in set(wanted) & set(given) if wanted[k].shape != given[k].shape)
-  if missing or more or wrong:
-    raise UserError(
-      f"init_from={path} does not fit this config: {len(missing)} arrays are missing, {len(more)} "
-      f"have no place and {len(wrong)} have another shape, such as {(missing + more + wrong)[0]}; "
-      "use the model and text sections that it was trained with"
-    )
 
 
 def held_variables(system: System, state: State, ema: bool) -> dict[str, Any]:

@@ -122,8 +122,8 @@ def test_a_checkpoint_or_export_of_another_system(run, fails, tmp_path):
   assert "does not fit this run: params/" in message
   assert "use the config that wrote it, or another directory" in message
   message = starts(fails, tmp_path / "c", wider, f"--config.init_from={run / 'export'}")
-  assert re.search(r"does not fit this config: 0 arrays are missing, 0 have no place and \d+ have "
-                   r"another shape, such as drawer/", message)
+  assert re.search(r"does not fit this config: of \d+ arrays \d+ have another shape, such as "
+                   r"drawer/\S+, \[.*\] in place of \[.*\]; use the model and text", message)
   assert message.endswith("; it was trained with --config.model.width=32")
   message = starts(fails, tmp_path / "d", f"--config.init_from={run / 'export'}", config=QUICKSTART)
   assert "does not fit this config" in message
@@ -271,7 +271,8 @@ def test_an_export_whose_networks_are_not_these(exported, fails, tmp_path):
   about["config"]["model"]["width"] = 24
   (exported / "config.json").write_text(json.dumps(about))
   message = fails(sample, f"--export={exported}", "--prompt=a ring", f"--output={tmp_path / 'out'}")
-  assert re.search(r"does not fit its config: \d of \d+ arrays .* such as params/drawer/", message)
+  assert re.search(r"does not fit its config: of \d+ arrays \d have another shape, such as "
+                   r"params/drawer/\S+, \[.*\] in place of \[.*\]; use the version", message)
 
 
 def test_scores_are_written_into_the_model_card(exported):

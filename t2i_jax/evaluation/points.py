@@ -105,6 +105,7 @@ def read_models(given: Sequence[str], guide: str = "", resolution: int = 0) -> l
     system = assembly.build_with(exported.config, exported.components)
     if not isinstance(system, FirstStage):
       require(system, Sampler, f"evaluating the pictures of --export={path}")
+    assembly.check_fits(system, exported)
     if resolution:
       system = _resized(system, resolution, path)
     about = json.loads((epath.Path(path).expanduser() / export.CONFIG).read_text())

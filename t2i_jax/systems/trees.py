@@ -1,4 +1,4 @@
-"""Variables, as trees: one group's taken out, several put together, and all by path.
+"""Variables, as trees: one group's taken out, several put together, all by path, and compared.
 
 Variables are one dictionary `{collection: {group: tree}}`, as Linen lays them
 out, with one more level for the group:
@@ -72,3 +72,20 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
       place = place.setdefault(parent, {})
     place[last] = value
   return nested
+
+
+def differences(wanted: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+  """How given arrays, by path, differ from those that are wanted: "" where they do not.
+
+  "2 are missing, such as a/kernel; 2 have no place, such as b/kernel".
+  """
+  missing, more = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
+  wrong = [k for k in sorted(wanted.keys() & given.keys()) if wanted[k].shape != given[k].shape]
+  parts = [
+    f"{len(names)} {what}, such as {names[0]}"
+    for names, what in ((missing, "are missing"), (more, "have no place")) if names
+  ]
+  if wrong:
+    shapes = f"{list(given[wrong[0]].shape)} in place of {list(wanted[wrong[0]].shape)}"
+    parts.append(f"{len(wrong)} have another shape, such as {wrong[0]}, {shapes}")
+  return "; ".join(parts)
