@@ -26,6 +26,8 @@ from t2i_jax.training.writers import Writers
 class DrawSamples:
   """Draws the same prompts from the same seed each time, as a grid in `samples/`."""
 
+  name = "samples"
+
   def __init__(self, pipeline: Pipeline, prompts: Sequence[str], every: int, seed: int,
                options: dict[str, Any], workdir: epath.Path, writers: Writers):
     self.every = every
@@ -48,6 +50,8 @@ class DrawReconstructions:
 
   Always the same pictures.
   """
+
+  name = "reconstructions"
 
   def __init__(self, system: System, source: Source, mesh: Mesh, count: int, every: int,
                workdir: epath.Path, writers: Writers):
@@ -91,9 +95,9 @@ class HeldOutLoss:
   def __init__(self, system: System, source: Source, read_text: Callable, mesh: Mesh,
                batch_size: int, batches: int, every: int, name: str, writers: Writers | None):
     require(system, Evaluated, "the held-out loss")
-    self.every = every
+    self.every, self.name = every, f"held-out loss of {name}"
     self._source, self._read_text, self._mesh = source, read_text, mesh
-    self._batch_size, self._batches, self._name = batch_size, batches, name
+    self._batch_size, self._batches, self._split = batch_size, batches, name
     self._writers = writers
     self._loss = jax.jit(
       system.evaluation_loss, out_shardings=replicated(mesh),
@@ -118,7 +122,7 @@ class HeldOutLoss:
       for key, values in losses.items():
         values = np.asarray(values, np.float64)
         sums[key] = sums.get(key, 0.0) + float(values[valid].sum())
-    return {f"{self._name}/{key}": value / max(count, 1) for key, value in sums.items()}
+    return {f"{self._split}/{key}": value / max(count, 1) for key, value in sums.items()}
 
 
 def default_prompts(source: Source, count: int) -> list[str]:

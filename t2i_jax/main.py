@@ -40,6 +40,7 @@ from t2i_jax.systems import trees
 from t2i_jax.systems.capabilities import Sampler
 from t2i_jax.training import loop
 from t2i_jax.training.compiled import CompiledStep
+from t2i_jax.training.marker import Marker
 from t2i_jax.training.preemption import StopSignal, exit_stopped
 from t2i_jax.training.profiling import Profile, parse_steps
 from t2i_jax.training.step import StepOptions, check_accumulation, check_division, make_step
@@ -198,7 +199,7 @@ def _train(
       )
       run.save_frozen(components, config, mesh)
       workdirs.claim_workdir(workdir, config, tokenizers)
-      writers.truncate_after(run.step)
+      writers.truncate_after(run.step, run.lines)
       begins = f"resuming at step {run.step}" if run.step else "beginning"
       tell(f"ready to train after {time.monotonic() - started:.1f} s: {begins}, {total} steps of "
            f"{config.train.batch_size} examples")
@@ -206,7 +207,9 @@ def _train(
       sharding = batch_sharding(mesh)
       with Prefetcher(loader, lambda b: put(b, sharding), config.data.prefetch) as batches:
         with recorder:
-          state, step = _loop(compiled, run, batches, options, writers, hooks, watchdog, recorder)
+          state, step = _loop(
+            compiled, run, batches, options, workdir, writers, hooks, watchdog, recorder
+          )
       tell(f"trained to step {step}/{total} in {time.monotonic() - training_started:.1f} s")
       if step >= total:
         variables = held_variables(system, state, ema=True)
@@ -222,8 +225,8 @@ def _train(
 
 
 def _loop(
-  compiled, run: Run, batches, options, writers: Writers, hooks, watchdog: Watchdog,
-  recorder: Profile,
+  compiled, run: Run, batches, options, workdir: epath.Path, writers: Writers, hooks,
+  watchdog: Watchdog, recorder: Profile,
 ):
 
   def write(step: int, values: dict[str, float]) -> None:
@@ -235,6 +238,11 @@ def _loop(
     agree_on("the step to save", step, "start all processes again")
     run.save(step, state, meta)
     watchdog.moved(step)
+
+  def mark(step: int, done: list[str]) -> None:
+    if is_primary():
+      writers.flush()
+      Marker(step, tuple(done), writers.lines(step)).write(workdir)
 
   log = loop.Log(options, write, run.window)
   progress = Progress(options.total, run.step, enabled=is_primary())
@@ -251,7 +259,7 @@ def _loop(
     try:
       state, step = loop.train(
         compiled, run.take_state(), run.step, batches, options, log, save, hooks, stop,
-        progress.update, run.hooks_due,
+        progress.update, run.hooks_done, mark,
       )
       run.checkpoints.wait()
     finally:

@@ -1,7 +1,7 @@
 """Where a run's state comes from, and how it is stored and read back."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ from t2i_jax.parallel.sharding import parse_rules, place, put, shardings
 from t2i_jax.systems import base, trees
 from t2i_jax.systems.base import System
 from t2i_jax.text.tokenizer import Tokenizers
+from t2i_jax.training import marker
 from t2i_jax.training import state as states
 from t2i_jax.training.checkpoint import Checkpoints
 from t2i_jax.training.optimizers import make_optimizer, unmatched
@@ -103,7 +104,8 @@ class Run:
     plan: what the state is made of.
     step: steps done when the run was opened.
     window: per-step metrics of the open logging window.
-    hooks_due: whether the run was stopped before the hooks of this step.
+    hooks_done: which hooks of this step are done; None for all of them.
+    lines: of this step in `metrics.jsonl` that stand; None for all of them.
     resting: variables, on the host, of components that training does not compute with.
     checkpoints: where the state is stored.
   """
@@ -111,7 +113,8 @@ class Run:
   plan: Plan
   step: int
   window: list[dict[str, float]]
-  hooks_due: bool
+  hooks_done: Sequence[str] | None
+  lines: int | None
   resting: dict[str, dict[str, Any]]
   checkpoints: Checkpoints
   _state: State | None
@@ -142,13 +145,14 @@ class Run:
     agree_on("the step of the newest checkpoint (0 for none)", checkpoints.latest_step() or 0,
              "name a --workdir that all hosts see")
     frozen, resting = _placed(components, config, mesh)
-    run = cls(plan, 0, [], False, resting, checkpoints, None, config.system)
+    run = cls(plan, 0, [], None, None, resting, checkpoints, None, config.system)
     if checkpoints.latest_step() is not None:
-      run._restore(checkpoints, frozen, loader)
+      run._restore(checkpoints, workdir, frozen, loader)
     elif config.resume:
       workdirs.read_run_config(epath.Path(config.resume))
       others = Checkpoints(epath.Path(config.resume) / "checkpoints", read_only=True)
-      run._restore(others, frozen, loader)
+      run._restore(others, epath.Path(config.resume), frozen, loader)
+      run.lines = 0  # those are in the other run's file
       others.close()
     else:
       tell("making the parameters; to compile that takes a minute or so for large networks")
@@ -182,7 +186,9 @@ class Run:
     about = {**meta, "system": self._system, "version": t2i_jax.__version__}
     self.checkpoints.save(step, state.replace(frozen={}), about)
 
-  def _restore(self, checkpoints: Checkpoints, frozen: Mapping[str, Any], loader: Any) -> None:
+  def _restore(
+    self, checkpoints: Checkpoints, workdir: epath.Path, frozen: Mapping[str, Any], loader: Any
+  ) -> None:
     step = checkpoints.latest_step()
     if step is None:
       raise UserError(f"no checkpoint in {checkpoints.directory}")
@@ -194,7 +200,11 @@ class Run:
       )
     state = checkpoints.restore(step, self.plan.abstract_state.replace(frozen={}))
     self._state = state.replace(frozen=frozen)
-    self.step, self.window, self.hooks_due = step, meta["window"], meta["hooks_due"]
+    self.step, self.window = step, meta["window"]
+    if meta["hooks_due"]:
+      found = marker.read(workdir)
+      self.hooks_done = marker.done_at(found, step)
+      self.lines = found.lines if found and found.step == step else None
     loader.restore(meta["data"])
 
 

@@ -18,6 +18,7 @@ from runs import TOY, config_of, train_on
 import t2i_jax
 from t2i_jax import export, run_data, tokenizing, workdirs
 from t2i_jax.errors import UserError
+from t2i_jax.training import marker
 from t2i_jax.training.grids import save_picture
 from t2i_jax.training.writers import JsonLines, Writers
 
@@ -63,6 +64,9 @@ def test_metrics_are_written_whole_now_and_then(bucket):
   assert there() == [1]  # the others wait, but for a minute at most
   lines.flush()
   assert there() == [1, 2, 3, 4]
+  (bucket / "m.jsonl").unlink()
+  lines.flush()  # nothing is new: it is not sent again
+  assert not (bucket / "m.jsonl").exists()
   lines.scalars(5, {"loss": 0.5})
   lines.close()
   assert there() == [1, 2, 3, 4, 5]
@@ -72,6 +76,18 @@ def test_metrics_are_written_whole_now_and_then(bucket):
   again.SECONDS = 0.0
   again.scalars(4, {"loss": 0.25})
   assert there() == [1, 2, 3, 4]
+
+
+def test_which_hooks_are_done(bucket):
+  assert marker.read(bucket / "run") is None
+  for done in ((), ("samples",)):
+    marker.Marker(2, done, 3).write(bucket / "run")
+  found = marker.read(bucket / "run")
+  assert found == marker.Marker(2, ("samples",), 3)
+  assert [path.name for path in (bucket / "run").iterdir()] == ["hooks.json"]
+  assert marker.done_at(found, 2) == ("samples",)
+  assert marker.done_at(found, 1) is None  # all, as that run went on to step 2
+  assert marker.done_at(found, 3) == marker.done_at(None, 2) == ()
 
 
 def test_exports_are_there_when_their_config_is(bucket, tmp_path):

@@ -18,6 +18,7 @@ from runs import (
   train_on,
 )
 
+from t2i_jax import hooks
 from t2i_jax.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("compiled_programs")
@@ -121,6 +122,39 @@ def test_killed_in_a_save_then_in_a_step_then_asked_to_stop(tmp_path):
   variables = [(folder / "export" / "variables.safetensors").read_bytes()
                for folder in (run, whole)]
   assert variables[0] == variables[1]
+
+
+class Gone(BaseException):
+  """The machine is taken away."""
+
+
+def test_a_run_that_ends_in_a_hook_loses_no_step_and_repeats_no_hook(tmp_path, monkeypatch):
+  config = config_of(TOY, train__duration=4, log__every=2, checkpoint__every=2, sample__every=2,
+                     evaluate__every=2, evaluate__batches=1, evaluate__pictures=0)
+  whole = train_on(config, tmp_path / "whole")
+  measure, calls = hooks.HeldOutLoss.__call__, []
+
+  def struck(self, step, state):
+    calls.append((self.name, step))
+    measure(self, step, state)
+    if len(calls) == 2:
+      raise Gone  # what it wrote is there, and that it is done was not noted
+
+  monkeypatch.setattr(hooks.HeldOutLoss, "__call__", struck)
+  with pytest.raises(Gone):
+    train_on(config, tmp_path / "parts")
+  assert saved_steps(tmp_path / "parts") == [2] and calls[0][0] != calls[1][0]
+  assert not (tmp_path / "parts" / "samples").exists()
+  parts = train_on(config, tmp_path / "parts")
+  assert [call for call in calls if call[1] == 2] == [calls[0], calls[1], calls[1]]
+  assert_same_bits(parts, whole)
+  assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
+  for name in ("step_00000002.png", "step_00000004.png"):
+    one, other = (tmp_path / run / "samples" / name for run in ("whole", "parts"))
+    assert one.read_bytes() == other.read_bytes()
+  lines, count = metrics(tmp_path / "parts"), len(calls)
+  train_on(config, tmp_path / "parts")  # all is done
+  assert metrics(tmp_path / "parts") == lines and len(calls) == count
 
 
 def test_a_finished_run_that_is_started_again_changes_nothing(tmp_path):

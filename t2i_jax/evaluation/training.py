@@ -106,6 +106,8 @@ class RunScores:
 class MeasurePictures:
   """`RunScores` as a hook of the loop: scores of the averaged parameters, as `split/metric`."""
 
+  name = "scores"
+
   def __init__(self, scores: RunScores, every: int, writers: Writers):
     self.every = every
     self._scores, self._writers = scores, writers

@@ -1,8 +1,10 @@
 """The one training loop. It knows no system, no data set and no file format.
 
-An iteration is, in this order: evaluate and sample, save, take the next batch,
+An iteration is, in this order: save, evaluate and sample, take the next batch,
 step, write metrics. The order is an invariant: what is saved at step n is the
-state after n steps, with the position of the data iterator after n batches.
+state after n steps, with the position of the data iterator after n batches. It
+is saved before its hooks, so that a run that ends in a long one loses nothing:
+the next one runs the hooks of that step which are not done.
 
 No step waits for the host. Metrics are read one step late, when the next step
 is already under way. Only a save waits, for its own step: it must know that
@@ -12,7 +14,7 @@ what it stores is finite.
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -25,9 +27,11 @@ class Hook(Protocol):
   """Something done every so often with the state: evaluation, sampling.
 
   Attributes:
+    name: which one it is; each hook of a run has its own.
     every: steps between two calls; 0 for never.
   """
 
+  name: str
   every: int
 
   def __call__(self, step: int, state: State) -> None: ...
@@ -139,7 +143,8 @@ def train(
   hooks: Sequence[Hook] = (),
   stop: Callable[[int], bool] = lambda step: False,
   progress: Callable[[int, float | None], None] = lambda step, loss: None,
-  hooks_due: bool = False,
+  hooks_done: Collection[str] | None = None,
+  mark: Callable[[int, list[str]], None] = lambda step, done: None,
 ) -> tuple[State, int]:
   """Trains from `step` to `options.total`, or until `stop`.
 
@@ -149,12 +154,15 @@ def train(
     batches: gives device batches; its position is saved with the state.
     options: of the loop.
     log: where metrics go.
-    save: `(step, state, meta)`, in the background; `meta` is JSON.
+    save: `(step, state, meta)`, in the background; `meta` is JSON, and says whether hooks of the
+      step are yet to run.
     hooks: called at their cadence and at the end, unless the run is stopping: there is no time
-      then, and `meta` says that they are due.
+      then.
     stop: asked at every step; all hosts must get the same answer.
     progress: told the steps done and the last loss read.
-    hooks_due: whether the run was stopped before the hooks of `step`.
+    hooks_done: which hooks of `step` ran before; None for all of them.
+    mark: told the names of the hooks of a saved step that are done: before it is saved, and after
+      each of them.
 
   Returns:
     The last state and its step. That step has been saved.
@@ -166,19 +174,27 @@ def train(
   while True:
     stopping = stop(step)
     ending = step >= options.total
-    if step > first or hooks_due:
-      hooks_due = stopping
-      for hook in hooks:
-        if hook.every and (step % hook.every == 0 or ending) and not stopping:
-          log.flush()
-          hook(step, state)
-          log.restart_clock()
-    due = options.save_every and step % options.save_every == 0
-    if (due and step > first) or ending or stopping:
+    due = [hook for hook in hooks if hook.every and (step % hook.every == 0 or ending)]
+    done: list[str] = []
+    if step == first:
+      due = [] if hooks_done is None else [hook for hook in due if hook.name not in hooks_done]
+      done = list(hooks_done or ())
+    cadence = options.save_every and step % options.save_every == 0
+    saving = (cadence and step > first) or ending or stopping
+    if saving:
       log.flush()
+      if due:
+        mark(step, done)
       position = dict(batches.state())
-      save(step, state, {"data": position, "window": log.window(), "hooks_due": hooks_due})
+      save(step, state, {"data": position, "window": log.window(), "hooks_due": bool(due)})
       log.restart_clock()
+    for hook in due if not stopping else ():
+      log.flush()
+      hook(step, state)
+      log.restart_clock()
+      done.append(hook.name)
+      if saving or step == first:  # there is a checkpoint of it
+        mark(step, done)
     if ending or stopping:
       return state, step
     batch = next(batches)

@@ -28,8 +28,9 @@ class MetricWriter(Protocol):
   def text(self, step: int, name: str, text: str) -> None:
     """Writes a named text."""
 
-  def truncate_after(self, step: int) -> None:
-    """Forgets what was written for steps after `step`; called before the first write."""
+  def truncate_after(self, step: int, lines: int | None = None) -> None:
+    """Forgets what was written for steps after `step`, and for `step` what is behind its first
+    `lines` writes; called before the first write."""
 
   def flush(self) -> None:
     """Makes sure that what was written is there when the process is killed."""
@@ -54,7 +55,8 @@ class JsonLines:
     self._file: Any = None
     self._remote = "://" in os.fspath(self.path)
     self._lines: list[str] | None = None  # of a remote file, with those that are not yet there
-    self._written = -math.inf
+    self._unsent, self._written = False, -math.inf
+    self._last = (-1, 0)  # the step that was written last, and how many lines it has
 
   def scalars(self, step: int, values: Mapping[str, float]) -> None:
     self._write(step, {name: _json_number(value) for name, value in values.items()})
@@ -65,21 +67,31 @@ class JsonLines:
   def text(self, step: int, name: str, text: str) -> None:
     self._write(step, {name: text})
 
-  def truncate_after(self, step: int) -> None:
-    """Keeps the lines of steps up to `step`; half a line that a killed run left is dropped too."""
+  def lines(self, step: int) -> int:
+    """How many lines there are of the newest step; 0 for a later one."""
+    return self._last[1] if self._last[0] == step else 0
+
+  def truncate_after(self, step: int, lines: int | None = None) -> None:
+    """Keeps the lines of steps up to `step`, and of its own the first `lines`, all if None; half a
+    line that a killed run left is dropped too."""
     self.close()
     if not self.path.exists():
       return
     kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
+    of_step = [n for n, line in enumerate(kept) if _step_of(line) == step]
+    if lines is not None and len(of_step) > lines:
+      dropped = set(of_step[lines:])
+      kept = [line for n, line in enumerate(kept) if n not in dropped]
+    self._last = (step, len(of_step) if lines is None else min(lines, len(of_step)))
     if self._remote:
-      self._lines = kept
+      self._lines, self._unsent = kept, True
       return
     beside = self.path.with_name(self.path.name + ".tmp")
     beside.write_text("".join(f"{line}\n" for line in kept))
     beside.replace(self.path)
 
   def flush(self) -> None:
-    if self._remote and self._lines is not None:
+    if self._unsent:
       self._upload()
 
   def close(self) -> None:
@@ -91,13 +103,14 @@ class JsonLines:
   def _upload(self) -> None:
     self.path.parent.mkdir(parents=True, exist_ok=True)
     self.path.write_text("".join(f"{line}\n" for line in self._lines))
-    self._written = time.monotonic()
+    self._unsent, self._written = False, time.monotonic()
 
   def _write(self, step: int, values: dict[str, Any]) -> None:
     line = json.dumps({"step": int(step), "time": round(time.time(), 3), **values})
+    self._last = (int(step), self.lines(int(step)) + 1)
     try:
       if self._remote:
-        self._lines = [*self._lines, line] if self._lines else [line]
+        self._lines, self._unsent = [*(self._lines or ()), line], True
         if time.monotonic() - self._written >= self.SECONDS:
           self._upload()
         return
@@ -136,7 +149,7 @@ class TensorBoard:
   def text(self, step: int, name: str, text: str) -> None:
     self._events().add_text(name, text, step)
 
-  def truncate_after(self, step: int) -> None:
+  def truncate_after(self, step: int, lines: int | None = None) -> None:
     """TensorBoard then hides the events of later steps; the old files stay."""
     self._purge_step = step + 1
 
@@ -166,7 +179,7 @@ class Terminal:
   def text(self, step: int, name: str, text: str) -> None:
     say(f"step {step}: {name}: {text}")
 
-  def truncate_after(self, step: int) -> None:
+  def truncate_after(self, step: int, lines: int | None = None) -> None:
     pass
 
   def flush(self) -> None:
@@ -211,10 +224,19 @@ class Writers:
     for writer in self._writers:
       writer.text(step, name, text)
 
-  def truncate_after(self, step: int) -> None:
-    """After a restore of `step` and before any write: each step then appears once."""
+  def lines(self, step: int) -> int:
+    """How many lines `metrics.jsonl` has of the newest step."""
+    return next((w.lines(step) for w in self._writers if isinstance(w, JsonLines)), 0)
+
+  def truncate_after(self, step: int, lines: int | None = None) -> None:
+    """After a restore of `step` and before any write: each step then appears once.
+
+    Args:
+      step: that was restored.
+      lines: of that step in `metrics.jsonl` that stand; None for all of them.
+    """
     for writer in self._writers:
-      writer.truncate_after(step)
+      writer.truncate_after(step, lines)
 
   def flush(self) -> None:
     """Before a checkpoint, so that a run that goes on from it has all the lines before it."""

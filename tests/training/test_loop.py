@@ -24,16 +24,17 @@ class Recorder:
 
   def __init__(self, total, log_every=1, save_every=0, stop_at=None, bad=(), hooks=(), window=(),
                start=0):
-    self.events, self.saves, self.written, self.position = [], {}, {}, 0
+    self.events, self.saves, self.written, self.marks = [], {}, {}, {}
     self._stop_at, self._bad = stop_at, bad
     self.position, self.start = start * 8, start
     self.options = LoopOptions(total, log_every, save_every, batch_size=8)
     self.hooks = [self._hook(name, every) for name, every in hooks]
     self.log = Log(self.options, self._write, window)
 
-  def run(self, hooks_due=False):
+  def run(self, hooks_done=None):
     return train(self._step, self.start, self.start, self, self.options, self.log, self._save,
-                 self.hooks, lambda step: step == self._stop_at, hooks_due=hooks_due)
+                 self.hooks, lambda step: step == self._stop_at, hooks_done=hooks_done,
+                 mark=self._mark)
 
   def __next__(self):
     self.events.append("batch")
@@ -48,8 +49,12 @@ class Recorder:
       assert step == state
       self.events.append(f"{name} {step}")
 
-    hook.every = every
+    hook.name, hook.every = name, every
     return hook
+
+  def _mark(self, step, done):
+    self.events.append(f"mark {step}")
+    self.marks[step] = list(done)
 
   def _step(self, state, batch):
     step = state + 1
@@ -74,12 +79,51 @@ def test_order_of_an_iteration():
   assert recorder.events == [
     "batch", "step 1",
     "batch", "step 2", "log 1",  # metrics are read when the next step is under way
-    "log 2", "draw 2", "judge 2", "save 2",  # but a save first reads its own step's
+    "log 2",  # but a save first reads its own step's
+    "mark 2", "save 2", "draw 2", "mark 2", "judge 2", "mark 2",  # and is not kept waiting by hooks
     "batch", "step 3",
-    "log 3", "draw 3", "judge 3", "save 3",  # the last step is always evaluated and saved
+    "log 3",  # the last step is always saved and evaluated
+    "mark 3", "save 3", "draw 3", "mark 3", "judge 3", "mark 3",
   ]
+  assert recorder.marks == {2: ["draw", "judge"], 3: ["draw", "judge"]}
   for step, meta in recorder.saves.items():  # the iterator's position is that of the state
-    assert meta == {"data": {"position": step * 8}, "window": [], "hooks_due": False}
+    assert meta == {"data": {"position": step * 8}, "window": [], "hooks_due": True}
+
+
+def test_only_steps_that_are_saved_are_marked():
+  recorder = Recorder(total=3, save_every=2, hooks=[("draw", 1)])
+  recorder.run()
+  assert recorder.events.count("draw 1") == 1 and set(recorder.marks) == {2, 3}
+  recorder = Recorder(total=4, save_every=2, hooks=[("draw", 4)])
+  recorder.run()
+  assert set(recorder.marks) == {4} and not recorder.saves[2]["hooks_due"]
+
+
+class Gone(BaseException):
+  """The machine is taken away."""
+
+
+def test_a_run_that_ends_in_a_hook_goes_on_with_that_hook():
+  recorder = Recorder(total=6, log_every=6, save_every=2, hooks=[("draw", 2), ("judge", 2)])
+  judge = recorder.hooks[1]
+
+  def gone(step, state):
+    raise Gone
+
+  gone.name, gone.every = judge.name, judge.every
+  recorder.hooks[1] = gone
+  with pytest.raises(Gone):
+    recorder.run()
+  assert recorder.events[-4:] == ["mark 2", "save 2", "draw 2", "mark 2"]
+  assert recorder.saves[2]["hooks_due"] and recorder.marks == {2: ["draw"]}
+  resumed = Recorder(total=6, log_every=6, save_every=2, start=2,
+                     hooks=[("draw", 2), ("judge", 2)])
+  resumed.run(hooks_done=["draw"])
+  assert resumed.events[:4] == ["judge 2", "mark 2", "batch", "step 3"]
+  assert resumed.events.count("draw 4") == 1 and resumed.marks[2] == ["draw", "judge"]
+  again = Recorder(total=6, start=2, stop_at=2, hooks=[("draw", 2), ("judge", 2)])
+  again.run(hooks_done=["draw"])  # asked to stop at once: still the same hook
+  assert again.events == ["mark 2", "save 2"] and again.marks == {2: ["draw"]}
 
 
 def test_without_a_cadence_only_the_last_step_is_saved():
@@ -91,14 +135,14 @@ def test_without_a_cadence_only_the_last_step_is_saved():
 def test_a_stop_saves_at_once_and_leaves_the_hooks_for_later():
   stopped = Recorder(total=6, log_every=6, save_every=4, stop_at=2, hooks=[("draw", 2)])
   assert stopped.run() == (2, 2)
-  assert stopped.events == ["batch", "step 1", "batch", "step 2", "save 2"]
-  assert stopped.saves[2]["hooks_due"]
+  assert stopped.events == ["batch", "step 1", "batch", "step 2", "mark 2", "save 2"]
+  assert stopped.saves[2]["hooks_due"] and stopped.marks == {2: []}
   resumed = Recorder(total=6, log_every=6, start=2, window=stopped.saves[2]["window"],
                      hooks=[("draw", 2)])
-  resumed.run(hooks_due=True)
-  assert resumed.events[:3] == ["draw 2", "batch", "step 3"]
+  resumed.run(hooks_done=())
+  assert resumed.events[:4] == ["draw 2", "mark 2", "batch", "step 3"]
   again = Recorder(total=6, start=2, hooks=[("draw", 2)])
-  again.run(hooks_due=False)
+  again.run()
   assert again.events[:2] == ["batch", "step 3"]
 
 
@@ -248,7 +292,7 @@ def test_no_step_waits_for_the_host(monkeypatch):
     with guard.allowed():
       seen["hooked"].append((step, int(state.step)))
 
-  hook.every = 5
+  hook.name, hook.every = "look", 5
   log = Log(options, lambda step, values: None)
   # The guard of jax keeps off what would go to the device unasked; on a CPU it lets reads pass.
   with (Prefetcher(Batches(), lambda b: jax.device_put(b, one)) as batches,

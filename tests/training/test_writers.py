@@ -51,6 +51,26 @@ def test_restart_drops_later_steps_and_half_a_line(tmp_path):
   assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+def test_what_an_unfinished_hook_wrote_of_the_last_step_is_forgotten(tmp_path):
+  writers = Writers(tmp_path, primary=True)
+  writers.truncate_after(0)
+  writers.scalars(1, {"loss": 1.0})
+  writers.scalars(2, {"loss": 2.0})
+  writers.scalars(2, {"split/loss": 3.0})
+  assert (writers.lines(2), writers.lines(3)) == (2, 0)
+  writers.scalars(2, {"other/loss": 4.0})
+  writers.scalars(3, {"loss": 5.0})
+  writers.close()
+  again = Writers(tmp_path, primary=True)
+  again.truncate_after(2, 2)
+  assert [(line["step"], line.get("loss")) for line in lines(tmp_path / "metrics.jsonl")] == [
+    (1, 1), (2, 2), (2, None)
+  ]
+  again.scalars(2, {"other/loss": 4.0})
+  assert again.lines(2) == 3
+  again.close()
+
+
 def test_truncating_before_anything_was_written(tmp_path):
   writers = Writers(tmp_path, primary=True)
   writers.truncate_after(0)
