@@ -102,7 +102,11 @@ def resize_and_crop(
     box = tuple(np.subtract(box, edges[:2] * 2).tolist())
   # Rounding may put an edge outside by less than that; Pillow refuses it.
   box = tuple(np.clip(box, 0, image.size * 2).tolist())
-  if image.size != (width, height) or box != (0, 0, *image.size):
+  corner = round(box[0]), round(box[1])
+  whole = (*corner, corner[0] + width, corner[1] + height)
+  if box == whole:  # whole pixels as they are; Pillow would go through all of them for the same
+    image = image if whole == (0, 0, *image.size) else image.crop(whole)
+  else:
     image = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
   return np.asarray(image)
 

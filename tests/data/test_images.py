@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from t2i_jax.data.images import BadImage, decode, size_of
+from t2i_jax.data.images import BadImage, decode, resize_and_crop, size_of
 
 RED = (220, 30, 40)
 
@@ -160,3 +160,12 @@ def test_the_size_is_of_the_picture_as_it_is_looked_at(size, rotated, expected):
 def test_size_of_no_picture_is_an_error():
   with pytest.raises(BadImage, match="not a picture"):
     size_of(b"")
+
+
+def test_pixels_that_need_no_resizing_are_cut_out_as_they_are():
+  image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 40, 3), np.uint8))
+  cut = resize_and_crop(image, 24)
+  np.testing.assert_array_equal(cut, np.asarray(image)[:, 8:32])
+  resized = image.resize((24, 24), Image.Resampling.BICUBIC, box=(8, 0, 32, 24))
+  np.testing.assert_array_equal(cut, np.asarray(resized))
+  np.testing.assert_array_equal(resize_and_crop(image, (24, 40)), np.asarray(image))
