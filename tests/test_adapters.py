@@ -19,7 +19,7 @@ DDPM, LORA = ROOT / "configs" / "ddpm.py", ROOT / "configs" / "lora.py"
 QUIET = {"sample__every": 0, "evaluate__every": 0}
 # One level with every kind of layer that takes adapters: each more is compiled in every program.
 BASE = {"model__multipliers": "(1,)", "model__attention_levels": "(0,)", "model__draft": 0,
-        "model__attention": "transformer"}
+        "model__attention": "transformer", "sample__options__steps": 2}
 PROMPTS = ["a red ring", "a blue square at the top"]
 
 
@@ -62,7 +62,7 @@ def test_training_changes_the_adapters_alone(run, base):
   assert exported.tokenizers == given.tokenizers
   # The base's sampling options, which the tiny one has otherwise than the class.
   assert exported.config.sample.options.to_dict() == given.config.sample.options.to_dict()
-  assert exported.config.sample.options.steps == 4
+  assert exported.config.sample.options.steps == 2
   assert (workdir / "samples" / "step_00000004.png").exists()
 
 
