@@ -161,6 +161,17 @@ def check_replaceable(path: str | os.PathLike) -> None:
                     "folder for the export, or move it away")
 
 
+def _where_else(*runs: epath.Path) -> str:
+  """Where the export is, or how it is made, if one of these folders is a run."""
+  for run in runs:
+    if (run / "export" / CONFIG).is_file():
+      return f"; did you mean '{run / 'export'}'?"
+    if (run / "checkpoints").is_dir():
+      return (f": the run '{run}' has not ended; python -m t2i_jax.export --workdir={run} "
+              "--output=DIRECTORY makes one of its last checkpoint")
+  return ""
+
+
 def read(path: str | os.PathLike, stored: bool = False) -> Export:
   """Reads an export.
 
@@ -175,13 +186,8 @@ def read(path: str | os.PathLike, stored: bool = False) -> Export:
   from safetensors.numpy import load, load_file
 
   path = epath.Path(path).expanduser()
-  inside = path / "export"
-  hint = f"; did you mean '{inside}'?" if (inside / CONFIG).is_file() else ""
-  if not hint and (path / "checkpoints").is_dir():
-    hint = (": it is a run that has not ended; python -m t2i_jax.export makes one of its last "
-            "checkpoint")
   if not (path / CONFIG).is_file():
-    raise UserError(f"no export at '{path}': it has no {CONFIG}{hint}")
+    raise UserError(f"no export at '{path}': it has no {CONFIG}{_where_else(path, path.parent)}")
   try:
     about = json.loads((path / CONFIG).read_text(encoding="utf-8"))
     if isinstance(about, dict) and "model_type" in about:
@@ -193,8 +199,9 @@ def read(path: str | os.PathLike, stored: bool = False) -> Export:
     components = dict(about["components"])
   except (ValueError, KeyError, TypeError) as error:
     why = f"{type(error).__name__}: {error}"
-    raise UserError(f"{path / CONFIG} is not an export's ({why}){hint or '; copy it again'}"
-                    ) from error
+    if where := _where_else(path):
+      raise UserError(f"'{path}' is no export{where}") from None
+    raise UserError(f"{path / CONFIG} is not an export's ({why}); copy it again") from error
   if about.get("format") != FORMAT:
     raise UserError(f"{path} has export format {about.get('format')}, this version reads {FORMAT}; "
                     f"use t2i_jax {about.get('version')}")

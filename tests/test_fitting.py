@@ -81,3 +81,19 @@ def test_components_inside_an_export_are_looked_at_too(tmp_path):
     error.value)
   assert f"1 are missing, such as {within}; 1 have no place, such as params/network/other" in str(
     error.value)
+
+
+def test_an_export_that_is_not_there_yet_is_made_of_its_run(old, tmp_path):
+  run = tmp_path / "run"
+  (run / "checkpoints").mkdir(parents=True)
+  for path in (run, run / "export"):
+    with pytest.raises(UserError, match=(
+      rf"no export at '{path}': it has no config.json: the run '{run}' has not ended; "
+      rf"python -m t2i_jax.export --workdir={run} --output"
+    )):
+      export.read(path)
+  (run / "config.json").write_text("{}")
+  with pytest.raises(UserError, match=rf"^'{run}' is no export: the run '{run}' has not ended; "):
+    export.read(run)
+  with pytest.raises(UserError, match=rf"did you mean '{old}'\?"):
+    export.read(old.parent / "exprot")
