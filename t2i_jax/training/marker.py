@@ -23,7 +23,9 @@ NAME = "hooks.json"
 
 @dataclasses.dataclass(frozen=True)
 class Marker:
-  """Attributes:
+  """What stands in the file.
+
+  Attributes:
     step: that was saved.
     done: names of its hooks that are finished.
     lines: of the step in `metrics.jsonl` when that was so; what is behind them was written by a
