@@ -125,9 +125,10 @@ def assert_same_bits(one, other):
 
 def command(name, *arguments, code=None, devices=1, **environment):
   """Starts a command, or `code`, as its own process, on `devices` CPU devices."""
+  count = "--xla_force_host_platform_device_count="
+  flags = [flag for flag in os.environ["XLA_FLAGS"].split() if not flag.startswith(count)]
   env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "JAX_PLATFORMS": "cpu",
-         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", **environment}
+         "XLA_FLAGS": " ".join([*flags, f"{count}{devices}"]), **environment}
   program = ["-c", code] if code else ["-m", f"t2i_jax.{name}"]
   return subprocess.Popen([sys.executable, *program, *map(str, arguments)], env=env, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
