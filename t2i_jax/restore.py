@@ -1,6 +1,7 @@
 """Where a run's state comes from, and how it is stored and read back."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -58,9 +59,13 @@ class Plan:
     """
     batch = batch_spec.abstract_batch(system, config.train.batch_size)
     sections = assembly.player_sections(config, system, steps_of)
-    shapes = jax.eval_shape(
-      lambda b, f: system.init(jax.random.key(0), b, f)["params"], batch, frozen
-    )
+
+    # Its trace is kept for the shapes of the whole state.
+    @functools.partial(jax.jit, inline=True)
+    def variables(batch, frozen):
+      return states.initialise(system, config.seed, batch, frozen)
+
+    shapes = jax.eval_shape(variables, batch, frozen)["params"]
     optimizers = {
       player.name: make_optimizer(
         sections[player.name], _updates(total, player), {g: shapes[g] for g in player.trains}
@@ -73,7 +78,8 @@ class Plan:
       tell(f"warning: optimizer.multipliers: no parameter's path has '{pattern}' in it")
 
     def initialise(batch, frozen) -> State:
-      return states.create(system, optimizers, config.seed, batch, frozen, config.ema.decay > 0)
+      made = variables(batch, frozen)
+      return states.create(system, optimizers, made, frozen, config.ema.decay > 0)
 
     abstract = jax.eval_shape(initialise, batch, frozen)
     placed = shardings(abstract, parse_rules(config.sharding.rules), mesh)

@@ -38,7 +38,7 @@ def toy():
     lambda x: jnp.zeros(x.shape, x.dtype), batch_spec.abstract_batch(system, 8)
   )
   optimizers = {player.name: optax.sgd(0.1) for player in system.players}
-  state = states.create(system, optimizers, 0, batch, {}, True)
+  state = states.create(system, optimizers, states.initialise(system, 0, batch, {}), {}, True)
   return system, source, tokenizers, state.replace(ema=jax.tree.map(lambda x: x + 1.0, state.ema))
 
 

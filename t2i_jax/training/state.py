@@ -48,26 +48,37 @@ class State:
     return trees.merge(self.collections, averaged, {"params": params}, self.frozen)
 
 
+def initialise(
+  system: System, seed: int, batch: Batch, frozen: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+  """Variables of the trained groups, `{collection: {group: tree}}`; a pure function.
+
+  Args:
+    system: whose `init` makes them.
+    seed: of the run.
+    batch: the first real batch.
+    frozen: variables of the components.
+  """
+  return trees.merge(system.init(fold_name(jax.random.key(seed), "init"), batch, frozen))
+
+
 def create(
   system: System,
   optimizers: dict[str, optax.GradientTransformation],
-  seed: int,
-  batch: Batch,
+  variables: dict[str, dict[str, Any]],
   frozen: dict[str, dict[str, Any]],
   average: bool,
 ) -> State:
   """A fresh state; a pure function, to be traced or run under `jit`.
 
   Args:
-    system: whose `init` makes the trained groups' variables from `batch`.
+    system: whose players are to train.
     optimizers: by player.
-    seed: of the run.
-    batch: the first real batch.
+    variables: of the trained groups, as from `initialise`.
     frozen: variables of the components.
     average: whether an EMA is kept.
   """
-  rng = fold_name(jax.random.key(seed), "init")
-  variables = trees.merge(system.init(rng, batch, frozen))
+  variables = dict(variables)
   params = variables.pop("params")
   _check_groups(system, params, frozen)
   # Copies: a donated state must not hold one buffer twice.

@@ -215,8 +215,8 @@ def test_both_players_make_one_reconstruction(variables):
   batch = make_batch(4)
   image = normalize_images(batch["image"])
   optimizers = {player.name: optax.sgd(0.1) for player in SYSTEM.players}
-  frozen, _ = trees.split(variables, SYSTEM.frozen_groups)
-  state = jax.eval_shape(lambda: states.create(SYSTEM, optimizers, 0, batch, frozen, False))
+  frozen, trained = trees.split(variables, SYSTEM.frozen_groups)
+  state = jax.eval_shape(lambda: states.create(SYSTEM, optimizers, trained, frozen, False))
   step = flops(make_step(SYSTEM, optimizers, StepOptions(ema_decay=0.0)), state, batch)
   alone = sum(
     flops(lambda v, player=player: player.gradients(v, batch, KEY, LATE), variables)

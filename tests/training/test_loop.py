@@ -265,7 +265,7 @@ def test_no_step_waits_for_the_host(monkeypatch):
   system, batch = regression()
   optimizers = {"net": optax.adam(0.1)}
   one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  state = jax.device_put(states.create(system, optimizers, 0, {}, {}, True), one)
+  state = jax.device_put(states.create(system, optimizers, system.made, {}, True), one)
   placed = jax.tree.map(lambda _: one, state)
   step = CompiledStep(make_step(system, optimizers, StepOptions()), placed)
   step.program(state, jax.device_put(batch, one))

@@ -42,6 +42,10 @@ class Fake(base.System):
     return self.joint is not None
 
   def init(self, rng, batch, frozen=NO_VARIABLES):
+    return self.made
+
+  @property
+  def made(self):
     return jax.tree.map(jnp.asarray, self.variables)
 
   def batch_spec(self):
@@ -55,7 +59,7 @@ def prepared(system, optimizer=None, **options):
   """The system's compiled step and first state."""
   optimizers = {p.name: optimizer or optax.sgd(RATE) for p in system.players}
   options = StepOptions(**{"ema_decay": 0.0, **options})
-  state = states.create(system, optimizers, options.seed, {}, {}, options.ema_decay > 0)
+  state = states.create(system, optimizers, system.made, {}, options.ema_decay > 0)
   return jax.jit(make_step(system, optimizers, options)), state
 
 
@@ -317,7 +321,7 @@ def test_all_players_of_a_step_draw_alike_and_no_two_steps_do():
 def test_one_compilation_in_a_run_and_one_more_for_another_shape():
   system, batch = regression(every=2)
   optimizers = {"net": optax.adam(RATE)}
-  state = states.create(system, optimizers, 0, {}, {}, True)
+  state = states.create(system, optimizers, system.made, {}, True)
   one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   placed = jax.tree.map(lambda _: one, state)
   step = CompiledStep(make_step(system, optimizers, StepOptions()), placed)
@@ -339,7 +343,7 @@ def test_groups_must_belong_to_one_player_each():
     prepared(Fake((linear("a"), dataclasses.replace(linear("a"), name="again")), params(a=0)))
   system = Fake((linear("a"),), params(a=0))
   with pytest.raises(UserError, match="both trained and frozen"):
-    states.create(system, {"a": optax.sgd(1.0)}, 0, {}, params(a=1), False)
+    states.create(system, {"a": optax.sgd(1.0)}, system.made, params(a=1), False)
 
 
 def test_frozen_groups_are_seen_and_left_alone():
@@ -349,7 +353,7 @@ def test_frozen_groups_are_seen_and_left_alone():
 
   system = Fake((Player("a", ("a",), loss),), params(a=2))
   optimizers = {"a": optax.sgd(RATE)}
-  state = states.create(system, optimizers, 0, {}, params(b=3), False)
+  state = states.create(system, optimizers, system.made, params(b=3), False)
   state, _ = jax.jit(make_step(system, optimizers, StepOptions(ema_decay=0.0)))(state, rows(0))
   assert of(state.variables(), "a", "b") == [pytest.approx(2 - RATE * 3), 3]
   assert set(state.params) == {"a"} and set(state.optimizer) == {"a"}
