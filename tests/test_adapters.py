@@ -50,6 +50,7 @@ def command(*words):
   adapters.main([str(word) for word in words])
 
 
+@pytest.mark.slow
 def test_training_changes_the_adapters_alone(run, base):
   workdir, state = run
   given = export.read(base)
@@ -66,6 +67,7 @@ def test_training_changes_the_adapters_alone(run, base):
   assert (workdir / "samples" / "step_00000004.png").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on(run, base, tmp_path, at_step):
   config = lora_config(base, 4, model__alpha=3.0)
   at_step(1, lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -85,6 +87,7 @@ def test_several_devices_compute_the_same(run, base, tmp_path):
   np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_merged_they_draw_the_same(run, base, tmp_path):
   source = run[0] / "export"
   command("merge", f"--export={source}", f"--output={tmp_path / 'merged'}")
@@ -98,6 +101,7 @@ def test_merged_they_draw_the_same(run, base, tmp_path):
   assert_same_bits(export.read(tmp_path / "none").variables, export.read(base).variables)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [
   {}, {"model__targets": "middle_attention/.*(query|out)$,^denoiser/conv_in$"},
 ], ids=["default", "chosen"])  # fmt: skip

@@ -77,6 +77,7 @@ def test_reconstructions_are_drawn_beside_the_pictures(run):
   assert names == ["step_00000002.png", "step_00000004.png"]
 
 
+@pytest.mark.slow
 def test_resumes_bit_for_bit_over_the_discriminator_s_start(run, perceptual, tmp_path, at_step):
   """Asked to stop, so that both parts are steps of the whole run's own program."""
   given = config(perceptual, **QUIET)

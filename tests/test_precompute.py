@@ -61,6 +61,7 @@ def test_the_same_run_without_the_encoder(one, cache, tmp_path):
   )
 
 
+@pytest.mark.slow
 def test_the_same_for_diffusion_on_two_encoders(two, tmp_path):
   # One level, which reads the text, and no draft: each more is compiled in every program.
   settings = dict(path=DDPM, duration=2, text__drop=0.5, text__drop_each=0.5, sample__every=0,

@@ -24,10 +24,11 @@ from t2i_jax.errors import UserError
 pytestmark = pytest.mark.usefixtures("compiled_programs")
 
 # One shape of step each: two players of which one rests, with statistics; and one player.
-QUICK = [TOY, ROOT / "configs" / "quickstart.py"]
-CASES = [pytest.param(path, id=path.stem) for path in QUICK] + [
-  pytest.param(path, id=path.stem, marks=pytest.mark.full)
-  for path in sorted(ROOT.glob("configs/*.py")) if path not in QUICK
+QUICKSTART = ROOT / "configs" / "quickstart.py"
+CASES = [pytest.param(TOY, id="toy")] + [
+  pytest.param(path, id=path.stem,
+               marks=pytest.mark.slow if path == QUICKSTART else pytest.mark.full)
+  for path in sorted(ROOT.glob("configs/*.py"))
 ]
 
 

@@ -14,9 +14,10 @@ ENCODERS = {"stable_diffusion": ("text_encoder",), "sdxl": ("text_encoder", "tex
 
 
 # XL has all that the others have; they are trained in the full tier.
-@pytest.mark.parametrize(
-  "name", ["sdxl", pytest.param("stable_diffusion", marks=pytest.mark.full)]
-)
+@pytest.mark.parametrize("name", [
+  pytest.param("sdxl", marks=pytest.mark.slow),
+  pytest.param("stable_diffusion", marks=pytest.mark.full),
+])  # fmt: skip
 def test_it_trains_and_draws(name, tmp_path):
   given = {"components.first_stage": str(two_stage.make(tmp_path / "first")),
            "train.duration": "2", "sample.every": "0"}  # fmt: skip

@@ -210,6 +210,7 @@ def flops(f, *args):
   return jax.jit(f).lower(*args).compile().cost_analysis()["flops"]
 
 
+@pytest.mark.slow
 def test_both_players_make_one_reconstruction(variables):
   """The step's promise, although the discriminator begins later."""
   batch = make_batch(4)

@@ -110,6 +110,7 @@ def test_the_loss_is_of_noised_pictures_at_the_process_s_times(variables, batch)
   np.testing.assert_array_equal(quarters, found["accuracy/all"][np.argsort(u)])
 
 
+@pytest.mark.slow
 def test_learns_what_is_left_of_noised_scenes():
   system = NoisyClassifier(
     TextConditioner(), 16, tuple(labels("scenes").items()), "cosine", 50, channels=16,
