@@ -16,7 +16,11 @@ class UserError(Exception):
 def nearest(word: str, valid: Iterable[str]) -> str:
   """`; did you mean 'x'?` for the valid name closest to `word`, else the list."""
   valid = sorted(str(v) for v in valid)
-  close = difflib.get_close_matches(str(word), valid, n=1, cutoff=0.5)
+  word = str(word)
+  # A key of another section that ends alike is meant more often than one that is spelt alike.
+  is_key = "." in word and "/" not in word
+  close = [v for v in valid if is_key and v.rpartition(".")[2] == word.rpartition(".")[2]]
+  close = close or difflib.get_close_matches(word, valid, n=1, cutoff=0.6)
   if close:
     return f"; did you mean '{close[0]}'?"
   return f"; valid: {', '.join(valid)}" if valid else ""

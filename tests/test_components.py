@@ -5,10 +5,10 @@ import shutil
 import encoder
 import numpy as np
 import pytest
-from runs import TOY, assert_same_bits, config_of, train_on
+from runs import ROOT, TOY, assert_same_bits, config_of, train_on
 
 import t2i_jax
-from t2i_jax import export
+from t2i_jax import export, main
 from t2i_jax.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("compiled_programs")
@@ -87,6 +87,11 @@ def test_the_frozen_encoder_brings_its_tokenizer(built, tmp_path):
   # Whose length it is, too.
   train_on(config(path, 1, text__length=12), tmp_path / "short")
   assert (tmp_path / "short" / "tokenizer.json").read_bytes() == same
+
+
+def test_all_encoders_that_are_missing_are_named(fails, tmp_path):
+  message = fails(main, f"--config={ROOT / 'configs/sdxl.py'}", f"--workdir={tmp_path}")
+  assert "components.text_encoder=PATH, components.text_encoder_2=PATH" in message
 
 
 def test_a_component_that_is_no_text_encoder(run_of_toy):

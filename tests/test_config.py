@@ -52,6 +52,7 @@ def test_arguments_take_the_type_of_their_default():
   ("model.chanels", "model.channels"),
   ("data.options.level", "data.options.levels"),
   ("train.batchsize", "train.batch_size"),
+  ("model.solver", "sample.options.solver"),
 ])
 def test_an_unknown_key_names_the_nearest(key, nearest):
   with pytest.raises(UserError) as error:

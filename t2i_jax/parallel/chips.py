@@ -16,7 +16,8 @@ class Chip:
     memory: bytes.
     flops: dense bfloat16 FLOP/s.
     memory_bandwidth: bytes/s.
-    link_bandwidth: bytes/s that it can send to chips of its slice, over all its links.
+    link_bandwidth: bytes/s that it can send to chips of its slice, over all its links: half of
+      the bandwidth that is given for both directions together.
     network_bandwidth: bytes/s from a chip to other slices; None where it is not published.
   """
 
@@ -31,5 +32,5 @@ CHIPS = {
   "v4": Chip(32 << 30, 275e12, 1228e9, 300e9),
   "v5e": Chip(16 << 30, 197e12, 819e9, 200e9, 3.125e9),
   "v5p": Chip(95 << 30, 459e12, 2765e9, 600e9, 6.25e9),
-  "v6e": Chip(32 << 30, 918e12, 1640e9, 448e9, 12.5e9),
+  "v6e": Chip(32 << 30, 918e12, 1638e9, 400e9, 12.5e9),
 }

@@ -108,9 +108,9 @@ def build_text(
   _check_keys(config, "text", TextConditioner)
   text = TextConditioner(**config["text"], dtype=dtype)
   encoders = {}
+  if missing := [f"components.{x}=PATH" for x in text.frozen_groups if x not in components]:
+    raise UserError(f"text.encoder=component needs {', '.join(missing)}: of exports")
   for name in text.frozen_groups:
-    if name not in components:
-      raise UserError(f"text.encoder=component needs components.{name}=PATH of its export")
     require(components[name], TextEncoder, f"components.{name}")
     encoders[name] = components[name]
   return dataclasses.replace(text, components=encoders, cached_null=cached_null)
