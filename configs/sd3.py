@@ -4,13 +4,18 @@
     --config.data.options.path=PICTURES --config.components.text_encoder=clip-l \\
     --config.components.text_encoder_2=bigg --config.components.text_encoder_3=t5-xxl \\
     --config.components.first_stage=kl-f8c16
-  python -m t2i_jax.main --config=configs/sd3.py:size=small,encoder=transformer --workdir=runs/sd3
+  python -m t2i_jax.main --config=configs/sd3.py:size=small,encoder=transformer,dataset=scenes \
+    --workdir=runs/sd3 --config.train.duration="4400 steps"
 
 "small" models pixels, the published sizes the latents of a first stage with 16 channels. The
 components are exports that `convert` makes of a pipeline's text_encoder and vae folders; of a whole
 pipeline it makes one to draw from.
 
-Expected: not known, no size was trained to its end here.
+Expected of "small" on "scenes", seed 0, after 4,400 of its steps, which are the FLOPs of
+`configs/ddpm.py`'s 4,700: 67.6 % of 256 held-out captions right in everything (place 100 %, colour
+98.4 %, shape 68.4 %), 0 % with the captions shuffled; after 59 minutes on two CPU cores that other
+work shared. Outlines are ragged at the edges of its patches. The published sizes were not trained
+here.
 
 Arguments:
   size: "3-medium" (1024 px, the default), "3.5-medium" and "3.5-large", the published networks;
