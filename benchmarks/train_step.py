@@ -55,6 +55,9 @@ def benchmark(flags: argparse.Namespace, settings: dict[str, str]) -> None:
   import torch
   from parts import Part, in_turns, profile, reference_profile
 
+  from t2i_jax.parallel.host_memory import keep_freed_memory
+
+  keep_freed_memory()  # as training does; for both sides
   torch.set_num_threads(flags.threads)
   reference = reference_network(*SIZES[flags.size])
   ours = Ours(flags, settings, reference)
