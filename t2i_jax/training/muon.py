@@ -1,5 +1,6 @@
 """Muon's direction: momentum whose singular values are brought near one."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -20,8 +21,13 @@ class MuonState(NamedTuple):
   momentum: Any
 
 
-def scale_by_muon(decay: float = 0.95) -> optax.GradientTransformation:
+def scale_by_muon(
+  decay: float = 0.95, stacked: Callable[[tuple, Array], bool] = lambda path, kernel: False
+) -> optax.GradientTransformation:
   """Nesterov momentum, orthogonalised; kernels [..., in, out] are matrices [..., out] to it.
+
+  Those for which `stacked` is true, of their path and themselves, are one such kernel for every
+  entry of their first axis.
 
   What `optax.contrib.scale_by_muon` computes, at about a third of its
   operations for matrices much longer than wide; see `orthogonalized`.
@@ -39,7 +45,10 @@ def scale_by_muon(decay: float = 0.95) -> optax.GradientTransformation:
     average = jax.tree.map(
       lambda m, g: decay * m / ahead + (1 - decay) * g / now, momentum, updates
     )
-    return jax.tree.map(_kernel, average), MuonState(count, momentum)
+    directions = jax.tree_util.tree_map_with_path(
+      lambda path, x: (jax.vmap(_kernel) if stacked(path, x) else _kernel)(x), average
+    )
+    return directions, MuonState(count, momentum)
 
   return optax.GradientTransformation(init, update)
 

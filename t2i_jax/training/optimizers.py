@@ -22,6 +22,8 @@ Section = Mapping[str, Any]
 
 _MUON_MOMENTUM = 0.95
 _MUON_RMS = 0.2  # of an AdamW update: one learning rate then suits both, 2502.16982 section 2.2
+# What `networks.layers.stack` calls blocks that are scanned over; others have their number behind.
+_SCANNED = re.compile(r"(^|/)(\w+_)?blocks?/")
 _NOT_HIDDEN = re.compile(r"(^|/)(\w*embed\w*|(\w+_)?head|logits|final\w*|output\w*)(/|$)")
 
 
@@ -131,24 +133,31 @@ def _muon(section: Section, params: Any) -> optax.GradientTransformation:
   Hidden matrices are the kernels of dense layers and 2-D convolutions, save those of embeddings
   and of outputs over classes or tokens; what puts out a picture is one of them. A convolution's
   [H, W, in, out] is one matrix [H * W * in, out], as in https://kellerjordan.github.io/posts/muon.
+  Kernels of blocks that are scanned over are one matrix a block.
   """
   hidden = jax.tree_util.tree_map_with_path(
     lambda path, leaf: "muon" if _is_hidden_matrix(path, leaf) else "adam", params)
   muon = optax.chain(
-    scale_by_muon(_MUON_MOMENTUM),
-    optax.stateless(lambda updates, _: jax.tree.map(
-      lambda update: _MUON_RMS * math.sqrt(_longer_side(update)) * update, updates)))
+    scale_by_muon(_MUON_MOMENTUM, _is_stacked),
+    optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(
+      lambda path, update: _MUON_RMS * math.sqrt(_longer_side(path, update)) * update, updates)))
   return optax.partition({"muon": muon, "adam": _adam(section, params)}, hidden)
 
 
 def _is_hidden_matrix(path: tuple, leaf: Any) -> bool:
-  return (leaf.ndim in (2, 4) and _leaf_name(path) == "kernel"
+  return (leaf.ndim - _is_stacked(path, leaf) in (2, 4) and _leaf_name(path) == "kernel"
           and not _NOT_HIDDEN.search(path_text(path)))
 
 
-def _longer_side(kernel: Any) -> int:
+def _is_stacked(path: tuple, kernel: Any) -> bool:
+  """Whether its first axis is the block; of a 1-D convolution it is not."""
+  return kernel.ndim in (3, 5) and bool(_SCANNED.search(path_text(path)))
+
+
+def _longer_side(path: tuple, kernel: Any) -> int:
   """Of the matrix that a kernel is, its output axis last."""
-  return max(math.prod(kernel.shape[:-1]), kernel.shape[-1])
+  shape = kernel.shape[_is_stacked(path, kernel):]
+  return max(math.prod(shape[:-1]), shape[-1])
 
 
 def _leaf_name(path: tuple) -> str:

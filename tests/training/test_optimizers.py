@@ -134,6 +134,30 @@ def test_muon_takes_a_convolution_as_one_matrix_from_all_its_inputs():
   )
 
 
+@pytest.mark.parametrize("shape", [(6, 8), (3, 3, 4, 8)])
+def test_muon_takes_scanned_blocks_one_by_one(shape):
+  def update(grads):
+    return update_of(section(name="muon"), {"net": jax.tree.map(jnp.zeros_like, grads)},
+                     {"net": grads})["net"]
+
+  each = [jax.random.normal(jax.random.key(i), shape) * 10.0**i for i in range(3)]
+  one_by_one = update({f"out_blocks_{i}": {"mlp": {"kernel": x}} for i, x in enumerate(each)})
+  stacked = update({"out_blocks": {"mlp": {"kernel": jnp.stack(each)}}})
+  for i in range(3):
+    np.testing.assert_allclose(
+      stacked["out_blocks"]["mlp"]["kernel"][i], one_by_one[f"out_blocks_{i}"]["mlp"]["kernel"],
+      rtol=1e-4, atol=1e-6,
+    )
+
+
+def test_muon_moves_a_1d_convolution_as_adam():
+  params = {"net": {"conv": {"kernel": jnp.ones((3, 4, 8))}}}
+  gradients = jax.tree.map(lambda x: jax.random.normal(jax.random.key(0), x.shape), params)
+  muon, adam = (update_of(section(name=name), params, gradients) for name in ("muon", "adam"))
+  np.testing.assert_allclose(muon["net"]["conv"]["kernel"], adam["net"]["conv"]["kernel"],
+                             rtol=1e-5)
+
+
 def test_clipping_is_by_the_global_norm():
   params = {"a": jnp.zeros(3), "b": jnp.zeros((2, 2))}
   gradients = jax.tree.map(lambda p: jnp.full_like(p, 100.0), params)
