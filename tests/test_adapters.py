@@ -145,6 +145,7 @@ def test_flags_that_are_wrong(words, message, capsys, tmp_path, monkeypatch):
   assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_what_has_no_adapters_is_said(base, tmp_path, capsys):
   with pytest.raises(SystemExit):
     command("merge", f"--export={base}", f"--output={tmp_path / 'a'}")
@@ -157,6 +158,7 @@ def test_layers_without_public_names_are_said():
     adapters.parts_of(system)
 
 
+@pytest.mark.slow
 def test_options_of_sampling_are_the_base_s(base, tmp_path):
   with pytest.raises(UserError, match="unknown sampling option of components.base 'stepz'; did"):
     train_on(lora_config(base, 1, sample__options__stepz=3), tmp_path)

@@ -45,6 +45,7 @@ def test_the_classifier_learned_nothing_of_text(perceptual):
   assert "components.NAME=PATH" in (perceptual / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_export_encodes_decodes_and_compares(run):
   folder, state = run
   exported = export.read(folder / "export")
@@ -58,6 +59,7 @@ def test_the_export_encodes_decodes_and_compares(run):
   assert state.updates["discriminator"] == 2 and state.updates["autoencoder"] == 4
 
 
+@pytest.mark.slow
 def test_metrics_bear_the_perceptual_network_s_name(run):
   folder, _ = run
   lines = metrics(folder)
@@ -71,6 +73,7 @@ def test_metrics_bear_the_perceptual_network_s_name(run):
   assert weights[:2] == [0, 0] and min(weights[2:]) > 0
 
 
+@pytest.mark.slow
 def test_reconstructions_are_drawn_beside_the_pictures(run):
   folder, _ = run
   names = sorted(path.name for path in (folder / "samples").iterdir())
