@@ -3,7 +3,8 @@
   python benchmarks/scaling.py --output=scaling.json --plot=docs/scaling.svg   # needs 'jax[tpu]'
 
 The work of a chip stays the same while slices grow: a fixed number of pictures a chip, each slice
-with its parameters whole on every chip ("data") and spread over all of its chips ("fsdp"). Bytes
+with its parameters whole on every chip ("data"), spread over all of its chips ("fsdp") and over
+groups of 32 ("fsdp=32", from 32 chips on). Bytes
 and FLOPs are of the compiled program; the seconds are theirs at the speeds that are published for
 the chip (`t2i_jax/parallel/chips.py`), and a step takes at least the longest of them.
 
@@ -36,7 +37,7 @@ def main() -> None:
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--config", default=CONFIG, help="and --config.KEY=VALUE, as of plan")
   parser.add_argument("--points", default=",".join(POINTS), help="slices, or NUMBER*slice")
-  parser.add_argument("--layouts", default="data,fsdp",
+  parser.add_argument("--layouts", default="data,fsdp,fsdp=32",
                       help="data, fsdp, or fsdp=N: spread over N chips, repeated over the others")
   parser.add_argument("--pictures", type=int, default=8, help="a step of a chip")
   parser.add_argument("--output", type=Path, default=Path("scaling.json"))
