@@ -4,9 +4,9 @@
 
 The work of a chip stays the same while slices grow: a fixed number of pictures a chip, each slice
 with its parameters whole on every chip ("data"), spread over all of its chips ("fsdp") and over
-groups of 32 ("fsdp=32", from 32 chips on). Bytes
-and FLOPs are of the compiled program; the seconds are theirs at the speeds that are published for
-the chip (`t2i_jax/parallel/chips.py`), and a step takes at least the longest of them.
+groups of 32 ("fsdp=32", from 32 chips on). Bytes and FLOPs are of the compiled program; the seconds
+are theirs at the speeds that are published for the chip (`t2i_jax/parallel/chips.py`), and a step
+takes at least the longest of them.
 
 Every point is stored in --output when it is done, and one that is there is not compiled again.
 The plot needs matplotlib (the extra "plots").

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from runs import ROOT
 
+from t2i_jax import assembly, batch_spec, config_files
 from t2i_jax.errors import UserError
 from t2i_jax.training import optimizers
 
@@ -148,6 +150,20 @@ def test_muon_takes_scanned_blocks_one_by_one(shape):
       stacked["out_blocks"]["mlp"]["kernel"][i], one_by_one[f"out_blocks_{i}"]["mlp"]["kernel"],
       rtol=1e-4, atol=1e-6,
     )
+
+
+@pytest.mark.parametrize("name", ["dit", "u_vit", "sd3"])
+def test_the_blocks_that_networks_scan_over_are_known(name):
+  of = f"{ROOT}/configs/{name}.py:size=tiny,encoder=transformer,dataset=scenes"
+  system = assembly.build_system(config_files.load_config(of, {"model.scan": "True"}))
+  shapes = jax.eval_shape(
+    lambda batch: system.init(jax.random.key(0), batch), batch_spec.abstract_batch(system, 2)
+  )["params"]["denoiser"]
+  deep = [path for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)
+          if leaf.ndim == 3 and "kernel" in path[-1].key]
+  assert len(deep) >= 5
+  stacked = np.zeros((2, 2, 2))
+  assert all(optimizers._is_stacked(path, stacked) for path in deep), deep
 
 
 def test_muon_moves_a_1d_convolution_as_adam():
