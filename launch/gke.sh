@@ -31,7 +31,7 @@
 #   --dry-run           print the commands and run none
 set -euo pipefail
 # shellcheck source=launch/common.sh
-. "${BASH_SOURCE%/*}/common.sh"
+. "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
 name="" namespace="" image="" accelerator="" topology="" chips=4 slices=1 spot="" account=""
 restarts=100 notice=30
@@ -45,8 +45,12 @@ kubectl=(kubectl ${namespace:+--namespace="$namespace"})
 # text WORD: as a string of YAML.
 text() {
   local escaped=${1//\\/\\\\}
-  printf '"%s"' "${escaped//\"/\\\"}"
+  escaped=${escaped//\"/\\\"} escaped=${escaped//$'\n'/\\n} escaped=${escaped//$'\r'/\\r}
+  printf '"%s"' "${escaped//$'\t'/\\t}"
 }
+
+# literal WORD: the same, of which Kubernetes replaces nothing: it reads $(NAME), and $$ as one $.
+literal() { text "${1//\$/\$\$}"; }
 
 manifest() {
   local machines=1 side word
@@ -57,7 +61,7 @@ manifest() {
 apiVersion: jobset.x-k8s.io/v1alpha2
 kind: JobSet
 metadata:
-  name: $name
+  name: $(text "$name")
   annotations:
     # One slice, one node pool.
     alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool
@@ -86,10 +90,10 @@ spec:
               restartPolicy: Never
               terminationGracePeriodSeconds: $notice
 YAML
-  if [[ $account ]]; then echo "              serviceAccountName: $account"; fi
+  if [[ $account ]]; then echo "              serviceAccountName: $(text "$account")"; fi
   cat <<YAML
               nodeSelector:
-                cloud.google.com/gke-tpu-accelerator: $accelerator
+                cloud.google.com/gke-tpu-accelerator: $(text "$accelerator")
                 cloud.google.com/gke-tpu-topology: $topology
 YAML
   if [[ $spot ]]; then
@@ -102,17 +106,17 @@ YAML
   cat <<YAML
               containers:
                 - name: train
-                  image: $image
+                  image: $(text "$image")
                   ports: [{containerPort: 8471}, {containerPort: 8080}]
                   resources: {limits: {google.com/tpu: $chips}}
                   env:
                     - {name: T2I_EXIT_STOPPED, value: "75"}
 YAML
   for word in ${environment[@]+"${environment[@]}"}; do
-    echo "                    - {name: ${word%%=*}, value: $(text "${word#*=}")}"
+    echo "                    - {name: ${word%%=*}, value: $(literal "${word#*=}")}"
   done
   echo "                  command:"
-  for word in "${command[@]}"; do echo "                    - $(text "$word")"; done
+  for word in "${command[@]}"; do echo "                    - $(literal "$word")"; done
 }
 
 case $action in

@@ -15,7 +15,7 @@
 #   --dry-run         print the commands and run nothing
 set -euo pipefail
 # shellcheck source=launch/common.sh
-. "${BASH_SOURCE%/*}/common.sh"
+. "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
 processes=2 devices="" port=12321 grace=30
 command=() environment=()

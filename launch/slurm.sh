@@ -20,7 +20,7 @@
 #   --sbatch=FLAG    another flag for sbatch, such as --partition=NAME; may be repeated
 #   --dry-run        print the sbatch command and run nothing
 set -euo pipefail
-here=${BASH_SOURCE%/*}
+here=$(dirname -- "${BASH_SOURCE[0]}")
 # shellcheck source=launch/common.sh
 . "$here/common.sh"
 

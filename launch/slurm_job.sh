@@ -11,7 +11,9 @@ shift
 trap 'echo "asked to stop"' TERM
 
 status=0
-env T2I_EXIT_STOPPED=75 srun --kill-on-bad-exit=1 --label "$@" &
+# What sbatch was told of CPUs a task srun takes from here alone, since Slurm 22.05.
+env T2I_EXIT_STOPPED=75 srun --kill-on-bad-exit=1 --label \
+  ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} "$@" &
 job=$!
 while kill -0 "$job" 2>/dev/null; do sleep 1; done
 wait "$job" || status=$?

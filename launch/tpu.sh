@@ -34,7 +34,7 @@
 #   --to=FOLDER      of logs (NAME-logs)
 #   --dry-run        print the gcloud commands and run none; train prints one round
 set -euo pipefail
-here=${BASH_SOURCE%/*}
+here=$(dirname -- "${BASH_SOURCE[0]}")
 # shellcheck source=launch/common.sh
 . "$here/common.sh"
 
@@ -72,9 +72,24 @@ if ((slices > 1)); then
   for ((i = 0; i < slices; i++)); do nodes+=("$name-$i"); done
 fi
 
-# The state of the queued resource: ACTIVE, SUSPENDED...; nothing where there is none.
+# The state of the queued resource: ACTIVE, SUSPENDED...; nothing where there is none, and UNKNOWN where
+# gcloud does not say, as without a network.
 state() {
-  "${queued[@]}" describe "$name" "${where[@]}" '--format=value(state.state)' 2>/dev/null || true
+  local told
+  told=$(mktemp)
+  if ! "${queued[@]}" describe "$name" "${where[@]}" '--format=value(state.state)' 2>"$told" &&
+    ! grep -q NOT_FOUND "$told"; then
+    say "$(date -u +%T) gcloud does not say how $name is: $(tail -n 1 "$told")"
+    echo UNKNOWN
+  fi
+  rm -f "$told"
+}
+
+# The same, once gcloud says it: what is not known to be gone is not asked for again, or deleted.
+known() {
+  local now
+  while now=$(state) && [[ $now == UNKNOWN ]]; do sleep "$every"; done
+  printf '%s\n' "$now"
 }
 
 create() {
@@ -95,7 +110,7 @@ wait_for() {
     return
   fi
   while :; do
-    now=$(state)
+    now=$(known)
     [[ $now == "$last" ]] || say "$(date -u +%T) $name: ${now:-not there}"
     case $now in
       ACTIVE) return ;;
@@ -121,7 +136,10 @@ install() {
   for node in "${nodes[@]}"; do
     run "${machines[@]}" scp "$archive" "$node:t2i.tar.gz" "${where[@]}" --worker=all || return 1
   done
-  on_all "rm -rf t2i/code && mkdir -p t2i/code && tar -xzf t2i.tar.gz -C t2i/code && bash $worker install"
+  # Not under a run: it imports as it goes.
+  on_all "if [ \"\$(bash $worker status 2>/dev/null)\" = running ]; then \
+echo error: a run is under way on \"\$(hostname)\", stop it first >&2; exit 2; fi; \
+rm -rf t2i/code && mkdir -p t2i/code && tar -xzf t2i.tar.gz -C t2i/code && bash $worker install"
 }
 
 start() {
@@ -155,7 +173,7 @@ watch() {
       "${machines[@]}" ssh "${nodes[0]}" "${where[@]}" --worker=0 \
         --command="bash $worker log 3" 2>/dev/null || true
     else
-      now=$(state)
+      now=$(known)
       ((++unreachable))
       say "$(date -u +%T) workers cannot be reached; the slices are ${now:-gone}"
       # Right after a preemption they still count as there for a while.
@@ -179,9 +197,9 @@ logs() {
 
 # Slices that are there, with the code on them.
 ensure() {
-  case $([[ $DRY_RUN ]] || state) in
+  case $([[ $DRY_RUN ]] || known) in
     ACTIVE) statuses >/dev/null 2>&1 && return ;;
-    "") create ;;
+    "") create || return ;;
     FAILED | SUSPENDED | SUSPENDING) delete && create ;;
   esac
   wait_for && install
@@ -196,6 +214,7 @@ train() {
     fi
     if ! ensure; then
       say "$(date -u +%T) the slices could not be had"
+      ((try)) || [[ $(known) ]] || fail "gcloud has created nothing; what it says stands above"
       continue
     fi
     status=0
@@ -206,7 +225,7 @@ train() {
     fi
     watch || status=$?
     if [[ $DRY_RUN ]] || ((status == 0 || status == 2)); then break; fi
-    if ((status == 100)) && [[ $(state) == ACTIVE ]]; then delete || true; fi
+    if ((status == 100)) && [[ $(known) == ACTIVE ]]; then delete || true; fi
   done
   if [[ $delete ]]; then
     logs || true

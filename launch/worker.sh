@@ -9,7 +9,7 @@
 #
 # All lies in $T2I_HOME (~/t2i): code, venv, log, pid, status.
 set -euo pipefail
-code=$(cd "${BASH_SOURCE%/*}/.." && pwd)
+code=$(cd "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=launch/common.sh
 . "$code/launch/common.sh"
 home=${T2I_HOME:-$HOME/t2i}
@@ -18,17 +18,20 @@ alive() {
   [[ ! -f $home/status && -f $home/pid ]] && kill -0 "$(<"$home/pid")" 2>/dev/null
 }
 
-install() {
+# A new Python environment. The machines' own Python may be older than t2i_jax needs; uv brings one.
+environment() {
   local python
-  # The machines' own Python may be older than t2i_jax needs; uv brings one.
   for python in python3.13 python3.12 python3.11; do
-    command -v "$python" >/dev/null && "$python" -m venv "$home/venv" && break
-    python=""
+    rm -rf "$home/venv"  # of an attempt that broke off: uv takes no folder that is there
+    command -v "$python" >/dev/null && "$python" -m venv "$home/venv" && return
   done
-  if [[ ! $python ]]; then
-    python3 -m pip install --quiet --user uv
-    python3 -m uv venv --quiet --seed --python=3.12 "$home/venv"
-  fi
+  rm -rf "$home/venv"
+  python3 -m pip install --quiet --user uv
+  python3 -m uv venv --quiet --seed --python=3.12 "$home/venv"
+}
+
+install() {
+  if ! "$home/venv/bin/pip" --version >/dev/null 2>&1; then environment; fi
   "$home/venv/bin/pip" install --quiet -e "${code}[tpu,gcs]"
   "$home/venv/bin/python" -c 'import t2i_jax; print("installed", t2i_jax.__version__)'
 }

@@ -73,6 +73,12 @@ def test_shellcheck_has_nothing_to_say():
 
 
 @pytest.mark.parametrize("script", [path.name for path in SCRIPTS if path.name != "slurm_job.sh"])
+def test_a_script_runs_from_its_own_folder(script):
+  done = subprocess.run(["bash", script, "--help"], cwd=LAUNCH, text=True, capture_output=True)
+  assert done.returncode == 0 and done.stdout and not done.stderr
+
+
+@pytest.mark.parametrize("script", [path.name for path in SCRIPTS if path.name != "slurm_job.sh"])
 def test_help_names_every_flag_and_wrong_ones_are_one_line(script, fakes):
   shown, _ = sh(script, "--help")
   known = re.findall(r'^flags "\$0" "(.*?)"', (LAUNCH / script).read_text(), re.M)
@@ -157,11 +163,14 @@ def test_slices_are_created_and_named(fakes):
 # A worker's part of what gcloud is told to do, on this machine; the state is what the file says.
 CLOUD = """
 case "$*" in
-  *describe*) cat "$PLACE/state" 2>/dev/null ;;
+  *describe*)
+    if [ -f "$PLACE/offline" ]; then rm "$PLACE/offline"; echo "ERROR: no network" >&2; exit 1; fi
+    cat "$PLACE/state" 2>/dev/null || { echo "ERROR: (gcloud) NOT_FOUND: mine" >&2; exit 1; }
+    ;;
   *" create "*) echo ACTIVE >"$PLACE/state" ;;
   *" delete "*) rm -f "$PLACE/state"; rm -rf "$PLACE/home"; mkdir "$PLACE/home" ;;
   *" ssh "*)
-    [ "$(cat "$PLACE/state" 2>/dev/null)" = ACTIVE ] || exit 255
+    [ "$(cat "$PLACE/state" 2>/dev/null)" = ACTIVE ] && [ ! -f "$PLACE/offline" ] || exit 255
     for word; do case $word in --command=*) command=${word#*=} ;; esac; done
     case $command in
       *install) mkdir -p "$PLACE/home/t2i/code"; cp -r "$LAUNCH" "$PLACE/home/t2i/code" ;;
@@ -226,6 +235,65 @@ def test_train_does_not_repeat_a_wrong_command(cloud, tmp_path):
   assert kinds(cloud.calls()) == ["create", "scp", "install", "start", "start", "start"]
 
 
+def test_a_run_outlives_what_its_watcher_cannot_see(cloud, tmp_path):
+  """For a moment this machine has no network: nothing on the slices is touched."""
+  (tmp_path / "job").write_text(f"touch {tmp_path}/offline; sleep 4")
+  _, said = sh("tpu.sh", "train", *TPU, "--every=1", "--", "bash", str(tmp_path / "job"))
+  assert kinds(cloud.calls()) == ["create", "scp", "install", "start"]
+  assert "gcloud does not say how mine is: ERROR: no network" in said
+  assert "the command has ended with status 0" in said
+
+
+def test_train_ends_where_nothing_can_be_created(cloud, tmp_path):
+  refusal = "echo 'ERROR: no such type' >&2; exit 1"
+  cloud.answers(CLOUD.replace('echo ACTIVE >"$PLACE/state"', refusal))
+  _, said = sh("tpu.sh", "train", *TPU, "--every=1", "--", "ls", status=2)
+  assert kinds(cloud.calls()) == ["create"]
+  assert "ERROR: no such type" in said and "error: gcloud has created nothing" in said
+
+
+def test_code_is_not_installed_under_a_run(cloud, tmp_path):
+  sh("tpu.sh", "create", *TPU)
+  sh("tpu.sh", "install", *TPU)
+  sh("tpu.sh", "run", *TPU, "--", "sleep", "60")
+  cloud.answers(CLOUD.replace('*install) ', "*nothing) "))  # gcloud runs it as it is
+  _, said = sh("tpu.sh", "install", *TPU, status=1)
+  assert "error: a run is under way on" in said
+  assert (tmp_path / "home/t2i/code/launch/worker.sh").exists()
+  sh("tpu.sh", "stop", *TPU)
+
+
+# A machine whose own Pythons make no environment, and uv, which refuses a folder that is there.
+PYTHONS = """
+case "${0##*/} $*" in
+  "python3 -m pip "*) ;;
+  "python3 -m uv venv "*)
+    [ ! -e "${!#}" ] || { echo "a virtual environment already exists" >&2; exit 2; }
+    mkdir -p "${!#}/bin"
+    printf '#!/bin/bash\n' | tee "${!#}/bin/pip" >"${!#}/bin/python"
+    chmod +x "${!#}"/bin/*
+    ;;
+  *) mkdir -p "$3"; exit 1 ;;
+esac
+"""
+
+
+def test_a_worker_is_installed_again(fakes, tmp_path, monkeypatch):
+  for name in ("python3", "python3.11", "python3.12", "python3.13"):
+    shutil.copy(tmp_path / "bin" / "git", tmp_path / "bin" / name)
+  fakes.answers(PYTHONS)
+  monkeypatch.setenv("T2I_HOME", str(tmp_path / "t2i"))
+  sh("worker.sh", "install")
+  made = fakes.calls()
+  assert [call[:4] for call in made[-2:]] == [["python3", "-m", "pip", "install"],
+                                              ["python3", "-m", "uv", "venv"]]
+  sh("worker.sh", "install")
+  assert fakes.calls() == made  # into the environment that is there
+  (tmp_path / "t2i/venv/bin/pip").unlink()
+  sh("worker.sh", "install")
+  assert len(fakes.calls()) == 2 * len(made)
+
+
 def test_a_worker_runs_one_command_and_stops_it(tmp_path, monkeypatch):
   monkeypatch.setenv("T2I_HOME", str(tmp_path))
   assert sh("worker.sh", "status")[0] == "none\n"
@@ -284,11 +352,19 @@ def test_a_slurm_job_is_queued_again_until_done(fakes, monkeypatch, code, turn, 
   fakes.answers(f'[ "${{0##*/}}" != srun ] || exit {code}')
   monkeypatch.setenv("SLURM_JOB_ID", "77")
   monkeypatch.setenv("SLURM_RESTART_COUNT", str(turn))
+  cpus = ["--cpus-per-task=16"] * (code != 2)  # as sbatch was given them, or not
+  for _ in cpus:
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "16")
   sh("slurm_job.sh", "5", "python", "-m", "t2i_jax.main", "--workdir=a b", status=status)
   calls = fakes.calls()
-  assert calls[0] == ["srun", "--kill-on-bad-exit=1", "--label", "python", "-m", "t2i_jax.main",
-                      "--workdir=a b"]
+  assert calls[0] == ["srun", "--kill-on-bad-exit=1", "--label", *cpus, "python", "-m",
+                      "t2i_jax.main", "--workdir=a b"]
   assert calls[1:] == ([["scontrol", "requeue", "77"]] if again else [])
+
+
+def expanded(word):
+  """A word as Kubernetes reads it: a variable for $(NAME), and one $ for two."""
+  return re.sub(r"\$(\$|\((\w+)\))", lambda found: "$" if found[1] == "$" else "replaced", word)
 
 
 def test_a_job_set_is_what_was_asked_for(fakes):
@@ -306,10 +382,19 @@ def test_a_job_set_is_what_was_asked_for(fakes):
     "cloud.google.com/gke-tpu-topology": "2x4x4", "cloud.google.com/gke-spot": "true"}
   assert pod["serviceAccountName"] == "trainer" and pod["terminationGracePeriodSeconds"] == 90
   (container,) = pod["containers"]
-  assert container["command"] == COMMAND[1:]
+  assert list(map(expanded, container["command"])) == COMMAND[1:]
   assert container["resources"]["limits"] == {"google.com/tpu": 4}
   env = {entry["name"]: entry["value"] for entry in container["env"]}
   assert env == {"T2I_EXIT_STOPPED": "75", "SAY": '"a" \\b'}
+  words = ["bash", "-c", "echo $$ $(T2I_EXIT_STOPPED)\n\techo 'b'\r", ""]
+  odd = ["--name=on", "--account=1e3", "--env=A=x\ny $(B) $$"]
+  text, _ = sh("gke.sh", "manifest", *GKE, *odd, "--", *words)
+  made = yaml.safe_load(text)
+  pod = made["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+  assert made["metadata"]["name"] == "on" and pod["serviceAccountName"] == "1e3"
+  (container,) = pod["containers"]
+  assert list(map(expanded, container["command"])) == words
+  assert expanded(container["env"][1]["value"]) == "x\ny $(B) $$"
   plain = yaml.safe_load(sh("gke.sh", "manifest", *GKE, *COMMAND)[0])
   pod = plain["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
   assert "tolerations" not in pod and "serviceAccountName" not in pod
