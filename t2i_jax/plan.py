@@ -68,6 +68,10 @@ def _plan(flags, settings: Sequence[str]) -> None:
   for name, what in names.items():
     print(f"  {name}: {what}, as published")
 
+  def unit(config) -> int:
+    system = report.build(config, names, flags.encode).system
+    return report.unit_of(system, config.train.accumulate, mesh)
+
   def measured(config) -> report.Report:
     parts = report.build(config, names, flags.encode)
     longer = ", or hours for a large U-Net" if flags.effort == "full" else ""
@@ -75,7 +79,7 @@ def _plan(flags, settings: Sequence[str]) -> None:
     return report.measure(config, mesh, chip, parts, flags.effort)
 
   if flags.search:
-    _search(config, measured, mesh, report)
+    _search(config, measured, unit(config), report)
     return
   found = measured(config)
   print(report.table(found))
@@ -85,18 +89,15 @@ def _plan(flags, settings: Sequence[str]) -> None:
       print(f"  {line}")
 
 
-def _search(config, measured, mesh, report) -> None:
-  """Prints the largest batch that fits for each policy of rematerialisation."""
-  from t2i_jax.parallel.mesh import batch_shards
-
-  shards = batch_shards(mesh)
+def _search(config, measured, unit: int, report) -> None:
+  """Prints the largest batch, of multiples of `unit`, that fits for each policy of remat."""
   best = []
   for policy in _policies(config):
     low, high, kept = 0, None, None
     parts = 1
     while high is None or high - low > max(low // 8, 1):
       with config.unlocked():
-        config.train.batch_size = parts * shards
+        config.train.batch_size = parts * unit
         if policy is not None:
           config.model.remat = policy
       found = measured(config)
@@ -106,7 +107,7 @@ def _search(config, measured, mesh, report) -> None:
       if high == 1:
         break
       parts = 2 * low if high is None else (low + high) // 2
-    print(f"remat={policy}: " + (f"{low * shards} pictures fit" if kept else "nothing fits"))
+    print(f"remat={policy}: " + (f"{low * unit} pictures fit" if kept else "nothing fits"))
     if kept:
       print(report.table(kept), flush=True)
       best.append((kept.batch_size / max(kept.bounds.values()), policy, kept))

@@ -18,6 +18,8 @@ class Chip:
     memory_bandwidth: bytes/s.
     link_bandwidth: bytes/s that it can send to chips of its slice, over all its links: half of
       the bandwidth that is given for both directions together.
+    axes: of a slice's shape.
+    largest: chips of the largest slice.
     network_bandwidth: bytes/s from a chip to other slices; None where it is not published.
   """
 
@@ -25,12 +27,14 @@ class Chip:
   flops: float
   memory_bandwidth: float
   link_bandwidth: float
+  axes: int
+  largest: int
   network_bandwidth: float | None = None
 
 
 CHIPS = {
-  "v4": Chip(32 << 30, 275e12, 1228e9, 300e9),
-  "v5e": Chip(16 << 30, 197e12, 819e9, 200e9, 3.125e9),
-  "v5p": Chip(95 << 30, 459e12, 2765e9, 600e9, 6.25e9),
-  "v6e": Chip(32 << 30, 918e12, 1638e9, 400e9, 12.5e9),
+  "v4": Chip(32 << 30, 275e12, 1228e9, 300e9, 3, 4096),
+  "v5e": Chip(16 << 30, 197e12, 819e9, 200e9, 2, 256, 3.125e9),
+  "v5p": Chip(95 << 30, 459e12, 2765e9, 600e9, 3, 6144, 6.25e9),
+  "v6e": Chip(32 << 30, 918e12, 1638e9, 400e9, 2, 256, 12.5e9),
 }

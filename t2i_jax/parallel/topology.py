@@ -3,6 +3,7 @@
 Needs `pip install "jax[tpu]"`, which brings the compiler. Nothing can be run on such devices.
 """
 
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -16,12 +17,17 @@ from t2i_jax.parallel.mesh import make_mesh
 
 
 def chip_of(topology: str) -> Chip:
-  """The chips of a slice; UserError for an unknown generation or what is no shape."""
-  generation = topology.partition(":")[0]
+  """The chips of a slice; UserError for an unknown generation or what is none of its shapes."""
+  generation, _, shape = topology.partition(":")
   if generation not in CHIPS or not re.fullmatch(r"\w+:\d+(x\d+)+", topology):
     raise UserError(f"topology '{topology}' is unknown; write {', '.join(CHIPS)} and a shape,"
                     " such as v5e:2x4")
-  return CHIPS[generation]
+  chip, sides = CHIPS[generation], [int(side) for side in shape.split("x")]
+  if len(sides) != chip.axes or not 0 < math.prod(sides) <= chip.largest:
+    raise UserError(f"there is no slice {topology}: those of {generation} have {chip.axes} sides, "
+                    f"such as {generation}:{'x'.join(['4'] * chip.axes)}, and up to "
+                    f"{chip.largest} chips; several slices are --slices=N")
+  return chip
 
 
 def slice_mesh(topology: str, sizes: Mapping[str, int], slices: int = 1) -> Mesh:
@@ -45,9 +51,11 @@ def slice_mesh(topology: str, sizes: Mapping[str, int], slices: int = 1) -> Mesh
   os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
   from jax.experimental import topologies
 
+  # A machine has four chips, unless it is asked for with one.
+  alone = {"chips_per_host_bounds": (1, 1, 1)} if topology.endswith(":1x1") else {}
   try:
     found = topologies.get_topology_desc(
-      platform="tpu", topology_name=topology, num_slices=slices
+      platform="tpu", topology_name=topology, num_slices=slices, **alone
     )
   except Exception as error:  # jax and the library raise many kinds
     why = str(error).strip().splitlines()[0]

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from t2i_jax import assembly, batch_spec, durations, systems
 from t2i_jax.parallel.chips import Chip
-from t2i_jax.parallel.mesh import batch_sharding, check_batch
+from t2i_jax.parallel.mesh import batch_sharding, batch_shards, check_batch
 from t2i_jax.parallel.topology import bytes_a_chip
 from t2i_jax.planning import published
 from t2i_jax.planning.collectives import Traffic, traffic
@@ -22,7 +22,7 @@ from t2i_jax.systems import trees
 from t2i_jax.systems.base import System
 from t2i_jax.systems.capabilities import FirstStage, TextEncoder
 from t2i_jax.training.compiled import CompiledStep
-from t2i_jax.training.step import StepOptions, make_step
+from t2i_jax.training.step import StepOptions, check_division, make_step
 
 # A plan's run is this long: only schedules see it.
 STEPS = 100_000
@@ -50,6 +50,8 @@ class Report:
     seconds: that compiling took.
     effort: how hard the compiler tried, one of `EFFORTS`.
     refusal: what the compiler said, where it did not fit.
+    unit: pictures of the least batch, which all others are multiples of.
+    divisible: whether more microbatches leave the loss what it is.
   """
 
   batch_size: int
@@ -64,6 +66,8 @@ class Report:
   seconds: float
   effort: str = "least"
   refusal: str = ""
+  unit: int = 1
+  divisible: bool = True
 
   @property
   def fits(self) -> bool:
@@ -151,10 +155,11 @@ def measure(
   """Compiles the config's step for a mesh.
 
   Raises:
-    UserError: for a batch that does not divide over the mesh.
+    UserError: for a batch that does not divide over the mesh, or into microbatches there.
   """
-  batch_size = config.train.batch_size
+  batch_size, accumulate = config.train.batch_size, config.train.accumulate
   check_batch(batch_size, mesh, "train.batch_size")
+  check_division(parts.system, batch_size, accumulate, batch_shards(mesh))
 
   def steps_of(value, key):
     return durations.steps_of(value, key, batch_size, batch_size * STEPS, STEPS)
@@ -167,7 +172,7 @@ def measure(
       batch_spec.abstract_batch(system, batch_size),
     )
     options = StepOptions(
-      config.seed, config.train.accumulate, config.ema.decay, config.ema.warmup
+      config.seed, accumulate, config.ema.decay, config.ema.warmup
     )
     step = CompiledStep(make_step(system, plan.optimizers, options), plan.shardings)
     flops = step.flops(plan.abstract_state, batch)
@@ -192,8 +197,15 @@ def measure(
   return Report(
     batch_size, mesh.size, chip, sum(n for name, n in sizes.items() if name in trained),
     sum(n for name, n in sizes.items() if name not in trained), flops, needs, moved, found, seconds,
-    effort, refusal,
+    effort, refusal, unit_of(system, accumulate, mesh),
+    all(player.couples_examples != "exact" for player in system.players),
   )  # fmt: skip
+
+
+def unit_of(system: System, accumulate: int, mesh: Mesh) -> int:
+  """Pictures of the least batch that gives each part of the mesh one in every microbatch."""
+  repeats = math.lcm(*(player.repeats for player in system.players))
+  return repeats * accumulate * batch_shards(mesh)
 
 
 def table(report: Report) -> str:
@@ -245,20 +257,26 @@ def advice(report: Report, config: ConfigDict, mesh: Mesh) -> list[str]:
   spread = mesh.shape["fsdp"] * mesh.shape["tensor"]
   needs = report.needs
   state_dominates = bool(needs) and needs["arguments"] > needs["temporaries"]
-  if spread == 1 and mesh.size > 1:
+  over = mesh.size // (mesh.shape["slice"] * mesh.shape["sequence"])
+  if spread == 1 and over > 1:
     share = f"; {_size(needs['arguments'])} of each are held {mesh.size} times" if needs else ""
+    each = " of each slice" if mesh.shape["slice"] > 1 else ""
     lines.append("--config.mesh.data=1 --config.mesh.fsdp=-1 spreads parameters, their average and "
-                 f"the optimizer's state over all {mesh.size} chips{share}")
+                 f"the optimizer's state over {over} chips{each}{share}")
   remat = config.model.get("remat")
   if remat is False or remat in ("none", "dots"):
     value = "True" if remat is False else "full"
     lines.append(f"--config.model.remat={value} computes blocks again in the backward pass rather "
                  "than keep what is in them")
-  a_chip = report.batch_size // report.chips
-  if a_chip > 1:
-    lines.append(f"--config.train.accumulate={2 ** (a_chip - 1).bit_length()} takes the batch in "
-                 "parts: the same update, with less in memory at once")
-    lines.append(f"--config.train.batch_size={report.batch_size // 2} is half of it")
+  in_a_part = report.batch_size // report.unit
+  if in_a_part > 1:
+    if report.divisible:
+      accumulate = config.train.accumulate * in_a_part
+      lines.append(f"--config.train.accumulate={accumulate} takes the batch in parts: the same "
+                   "update, with less in memory at once")
+    less = in_a_part // 2 * report.unit
+    lines.append(f"--config.train.batch_size={less} is "
+                 + ("half of it" if in_a_part % 2 == 0 else "less"))
   if config.precision.frozen == "float32" and report.frozen:
     lines.append("--config.precision.frozen=bfloat16 halves the frozen components")
   if mesh.shape["tensor"] == 1:

@@ -14,6 +14,7 @@ import jax, jax.numpy as jnp
 from t2i_jax.parallel.mesh import batch_sharding, replicated
 from t2i_jax.parallel.topology import bytes_a_chip, slice_mesh
 
+assert slice_mesh("v5e:1x1", {"fsdp": -1}).size == 1
 mesh = slice_mesh("v5e:2x4", {"fsdp": -1})
 assert dict(mesh.shape)["fsdp"] == 8
 x = jax.ShapeDtypeStruct((64, 1024), jnp.float32, sharding=batch_sharding(mesh))

@@ -6,20 +6,25 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import jax
 import pytest
 from ml_collections import ConfigDict
 from runs import ROOT
 
 from t2i_jax import config_files, plan
+from t2i_jax.errors import UserError
 from t2i_jax.parallel.chips import CHIPS
-from t2i_jax.planning import published
+from t2i_jax.parallel.mesh import AXES, make_mesh
+from t2i_jax.planning import published, report
 from t2i_jax.planning.collectives import Traffic
 from t2i_jax.planning.report import Report, advice, build, table
+from t2i_jax.training.step import check_division
 
 REPORT = Report(
   batch_size=64, chips=16, chip=CHIPS["v5e"], trained=1000, frozen=10, flops=16 * 197e12,
   needs={"arguments": 6 << 30, "outputs": 6 << 30, "temporaries": 4 << 30, "peak": 10 << 30},
   moved=819e9, collectives={"all-gather": Traffic(3, 2 << 30, 400e9)}, seconds=60.0,
+  unit=16,
 )  # fmt: skip
 
 
@@ -40,26 +45,69 @@ def test_the_data_centres_network_bounds_several_slices():
   assert "network" not in dataclasses.replace(several, chip=CHIPS["v4"]).bounds
 
 
+SHAPE = dict.fromkeys(AXES, 1)
+
+
 def config_of(**model):
   return ConfigDict({
-    "model": model, "train": {"batch_size": 64}, "precision": {"frozen": "float32"}
+    "model": model, "train": {"batch_size": 64, "accumulate": 1},
+    "precision": {"frozen": "float32"},
   })  # fmt: skip
 
 
 def test_what_does_not_fit_is_told_what_to_do():
   large = dataclasses.replace(REPORT, needs={**REPORT.needs, "peak": 20 << 30})
   assert not large.fits
-  mesh = SimpleNamespace(size=16, shape={"fsdp": 1, "tensor": 1})
+  mesh = SimpleNamespace(size=16, shape=SHAPE)
   lines = advice(large, config_of(remat=False), mesh)
   assert lines[0].startswith("--config.mesh.data=1 --config.mesh.fsdp=-1 spreads parameters")
+  assert "over 16 chips;" in lines[0]
+  two = SimpleNamespace(size=16, shape={**SHAPE, "slice": 2})
+  assert "over 8 chips of each slice;" in advice(large, config_of(), two)[0]
   assert "--config.model.remat=True" in lines[1]
   assert any("--config.train.batch_size=32" in line for line in lines)
   assert "precision.frozen=bfloat16" in " ".join(lines)
-  spread = SimpleNamespace(size=16, shape={"fsdp": 16, "tensor": 2})
+  spread = SimpleNamespace(size=32, shape={**SHAPE, "fsdp": 16, "tensor": 2})
   text = " ".join(advice(large, config_of(remat="full"), spread))
   assert "fsdp=-1" not in text and "remat" not in text and "tensor" not in text
   refused = dataclasses.replace(REPORT, needs={}, refusal="RESOURCE_EXHAUSTED: 20 GiB")
   assert not refused.fits and "RESOURCE_EXHAUSTED" in table(refused)
+
+
+@pytest.mark.parametrize("pictures, accumulate, less", [(3, 3, 16), (8, 8, 64), (6, 6, 48)])
+def test_advice_can_be_followed(pictures, accumulate, less):
+  """Every part of the mesh gets a picture in every microbatch, as training wants it."""
+  large = dataclasses.replace(REPORT, batch_size=16 * pictures, needs={}, refusal="no")
+  text = " ".join(advice(large, config_of(), SimpleNamespace(size=16, shape=SHAPE)))
+  assert f"train.accumulate={accumulate} " in text and f"train.batch_size={less} " in text
+  parts = build(config_files.load_config(f"{ROOT / 'configs/vae.py'}"), {}, True)
+  check_division(parts.system, large.batch_size, accumulate, 16)
+  one_loss = " ".join(advice(dataclasses.replace(large, divisible=False), config_of(),
+                             SimpleNamespace(size=16, shape=SHAPE)))
+  assert "accumulate" not in one_loss and f"train.batch_size={less} " in one_loss
+
+
+def test_what_training_refuses_is_refused(monkeypatch):
+  config = config_files.load_config(
+    f"{ROOT / 'configs/vae.py'}:size=tiny", {"train.batch_size": "8", "train.accumulate": "4"}
+  )
+  mesh = make_mesh({"data": 4}, jax.devices()[:4])
+  with pytest.raises(UserError, match="does not divide into train.accumulate=4 microbatches, each"):
+    report.measure(config, mesh, CHIPS["v5e"], build(config, {}, True))
+  # A search takes none but batches that divide.
+  tried = []
+
+  def measured(config, mesh, chip, parts, effort):
+    tried.append((config.model.get("remat"), config.train.batch_size))
+    fits = config.train.batch_size <= 100
+    return dataclasses.replace(REPORT, batch_size=tried[-1][1], refusal="" if fits else "no")
+
+  monkeypatch.setattr(report, "measure", measured)
+  monkeypatch.setattr("t2i_jax.parallel.topology.slice_mesh", lambda *given: mesh)
+  plan.main([f"--config={ROOT / 'configs/vae.py'}:size=tiny", "--topology=v5e:2x2", "--search",
+             "--config.train.accumulate=4"])
+  assert tried and all(size % 16 == 0 for _, size in tried)
+  assert max(size for _, size in tried if size <= 100) == 96
 
 
 @pytest.mark.parametrize("name", published.NAMES)
@@ -91,6 +139,10 @@ def test_stored_features_and_latents_leave_encoders_out_of_the_step():
 
 @pytest.mark.parametrize("flags, message", [
   (["--topology=v9:2x2"], "topology 'v9:2x2' is unknown"),
+  (["--topology=v5e:2x2x2"], "there is no slice v5e:2x2x2: those of v5e have 2 sides"),
+  (["--topology=v5p:2x2"], "have 3 sides, such as v5p:4x4x4"),
+  (["--topology=v6e:32x32"], "up to 256 chips; several slices are --slices=N"),
+  (["--topology=v5e:0x4"], "there is no slice v5e:0x4"),
   (["--topology=v5e:4x4", "--slices=0"], "--slices=0: use 1 or more"),
   (["--topology=v5e:4x4", "--component=first_stage"], "write NAME=PUBLISHED"),
 ])  # fmt: skip
