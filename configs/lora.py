@@ -6,10 +6,11 @@
   python -m t2i_jax.adapters merge --export=runs/lora/export --output=merged
 
 The base is an export of any system that has one loss: one of `ddpm`, of a public Stable Diffusion
-that `python -m t2i_jax.convert` made... It stays as it is, and travels in the export; with
-`--config.precision.frozen=bfloat16` it takes half the memory. Its size of pictures, its text and
-its sampling options are the run's: of `text` nothing is read here, and of `sample.options` what is
-set by hand. `python -m t2i_jax.adapters` reads and writes the files of adapters that others use.
+that `python -m t2i_jax.convert` made (of a transformer with `--apart`)... It stays as it is, and
+travels in the export; with `--config.precision.frozen=bfloat16` it takes half the memory. Its size
+of pictures, its text and its sampling options are the run's: of `text` nothing is read here, and of
+`sample.options` what is set by hand. `python -m t2i_jax.adapters` reads and writes the files of
+adapters that others use.
 
 Which layers: `--config.model.groups=denoiser,text_encoder` for the text encoder besides;
 `--config.model.targets` for others than the attentions' projections, such as

@@ -41,6 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     "python -m t2i_jax.convert --source=ldm.ckpt --tokenizer=bert-base-uncased --output=ldm",
     "python -m t2i_jax.convert --source=sd3_medium_incl_clips.safetensors "
     "--parts=stable-diffusion-3-medium --output=sd3",
+    "python -m t2i_jax.convert --source=stable-diffusion-3-medium --apart --output=sd3",
     "python -m t2i_jax.convert --source=DiT-XL-2-256x256.pt --parts=DiT-XL-2-256 --output=dit",
     "python -m t2i_jax.convert --source=mscoco_uvit_small.pth --parts=stable-diffusion-v1-5 "
     "--output=u_vit",
@@ -83,6 +84,9 @@ def main(argv: list[str] | None = None) -> None:
                       help="Stable Diffusion 3, DiT or U-ViT in a file: the folder of a pipeline "
                       "of diffusers, of which is taken what the file has not (vae, tokenizer, "
                       "text_encoder...)")
+  parser.add_argument("--apart", action="store_true",
+                      help="a whole model: its equal blocks one by one rather than as one stack, "
+                      "as configs/lora.py needs those of a transformer")
   parser.add_argument("--scale", type=float, default=0.0,
                       help="an autoencoder in a file: of its latents (0.18215 of Stable Diffusion "
                       "1 and 2, 0.13025 of XL)")
@@ -121,7 +125,7 @@ def _convert(parser, flags) -> None:
 
   def only(what: str, *names: str) -> None:
     """Raises for flags that have a value and are not read."""
-    for name in (*TEXT, *SINGLE_FILE, "tokenizer", "resolution", "scale"):
+    for name in (*TEXT, *SINGLE_FILE, "tokenizer", "resolution", "scale", "apart"):
       if name not in names and getattr(flags, name) != parser.get_default(name):
         raise UserError(f"--{name.replace('_', '-')} is not read of {what}; leave it out")
 
@@ -138,9 +142,9 @@ def _export(flags, only) -> list:
   from t2i_jax.weights.perceptual import FILES
 
   if pipelines.is_pipeline(path):
-    only("a pipeline", "resolution", "length")
+    only("a pipeline", "resolution", "length", "apart")
     written, lines = pipelines.convert(
-      flags.source, flags.output, flags.resolution, flags.dtype, flags.length or 0
+      flags.source, flags.output, flags.resolution, flags.dtype, flags.length or 0, flags.apart
     )
     return [*lines, written]
   if any((path / name).is_file() for name in FILES):
@@ -165,10 +169,10 @@ def _of_file(flags, only, path: Path) -> list:
 
   tensors = open_weights(path)
   if kind := transformer_files.kind_of(tensors):
-    only(f"{kind.name} in a file", "parts", "resolution", "length")
+    only(f"{kind.name} in a file", "parts", "resolution", "length", "apart")
     written, lines = transformer_files.convert(
       tensors, str(path), flags.output, flags.parts, resolution=flags.resolution,
-      length=flags.length or 0, dtype=flags.dtype,
+      length=flags.length or 0, dtype=flags.dtype, apart=flags.apart,
     )  # fmt: skip
     return [*lines, written]
   if single_file.holds_model(tensors):

@@ -139,7 +139,8 @@ def without(
 
 
 def convert(
-  source: str, output: str, resolution: int = 0, dtype: str = "stored", length: int = 0
+  source: str, output: str, resolution: int = 0, dtype: str = "stored", length: int = 0,
+  apart: bool = False,
 ) -> tuple[Path, list[str]]:
   """Writes the export of a pipeline's folder.
 
@@ -149,6 +150,7 @@ def convert(
     resolution: side of the pictures, as in `parts.write`.
     dtype: of the numbers, one of `conversion.DTYPES`.
     length: tokens that T5 takes of a caption; 0 for as many as diffusers draws with.
+    apart: whether a transformer's equal blocks are one by one rather than as one stack.
 
   Returns:
     the export, and lines on what of the folder is not in it.
@@ -160,6 +162,9 @@ def convert(
   index = read_json(folder / INDEX)
   if index.get("_class_name") in unconditional.CLASSES:
     check_length(length, index["_class_name"])
+    if apart:
+      raise UserError(f"--apart is of transformers, and a {index['_class_name']} has none; leave "
+                      "it out")
     return unconditional.convert(folder, output, resolution, dtype)
   form = _form(index, folder)
   network = form.network.folder
@@ -185,8 +190,8 @@ def convert(
     settings["null"] = "zeros" if index["force_zeros_for_empty_prompt"] else "empty"
   model = parts.Model(
     form.system, form.network, options, open_weights(folder / network),
-    {**process, **without(form, encoders, length, options)}, {**form.sampling, **sampling},
-    settings, str(folder / network),
+    {**process, **without(form, encoders, length, options), **blocks(apart)},
+    {**form.sampling, **sampling}, settings, str(folder / network),
   )  # fmt: skip
   with parts.workplace(output) as place:
     components = {FIRST_STAGE: autoencoder.write(
@@ -206,6 +211,11 @@ def convert(
   if "id2label" in index:
     lines.append("the names of the classes are left out: a prompt is the number of one")
   return written, lines
+
+
+def blocks(apart: bool) -> dict[str, bool]:
+  """Settings of `model` for equal blocks one by one."""
+  return {"scan": False} if apart else {}
 
 
 def check_length(length: int, what: str, form: Form | None = None) -> None:

@@ -82,7 +82,7 @@ def kind_of(tensors: Tensors) -> Kind | None:
 
 def convert(
   tensors: Tensors, source: str, output: str, folder: str = "", *, resolution: int = 0,
-  length: int = 0, dtype: str = "stored",
+  length: int = 0, dtype: str = "stored", apart: bool = False,
 ) -> tuple[Path, list[str]]:
   """Writes the export of a transformer in a file.
 
@@ -94,6 +94,7 @@ def convert(
     resolution: side of the pictures; 0 for that of the places that the file holds.
     length: tokens that T5 takes of a caption; 0 for as many as diffusers draws with.
     dtype: of the numbers, one of `conversion.DTYPES`.
+    apart: whether its equal blocks are one by one rather than as one stack.
 
   Returns:
     the export, and lines on what the file did not say.
@@ -119,8 +120,8 @@ def convert(
   scale = U_VIT_SCALE if kind.name == "U-ViT" and told else 0.0
   without = pipelines.without(form, encoders, length, options) if told else {}
   model = parts.Model(
-    form.system, form.network, options, own[DENOISER], {**kind.process, **without},
-    kind.sampling, settings, source, scale,
+    form.system, form.network, options, own[DENOISER],
+    {**kind.process, **without, **pipelines.blocks(apart)}, kind.sampling, settings, source, scale,
   )  # fmt: skip
   with parts.workplace(output) as work:
     if autoencoder.is_among(tensors):

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 
 import t2i_jax
-from t2i_jax import convert, export
+from t2i_jax import assembly, convert, export
 from t2i_jax.conversion import transformer_files
 from t2i_jax.networks.autoencoder import Decoder, Encoder
 from t2i_jax.networks.dit import DiT
+from t2i_jax.networks.layers.lora import chosen, kernels
 from t2i_jax.networks.mmdit import MMDiT
 from t2i_jax.networks.u_vit import UViT
+from t2i_jax.systems.adapters.lora import LoRA
 from t2i_jax.text import clip
 from t2i_jax.weights import autoencoder as autoencoders
 from t2i_jax.weights import dit, mmdit, u_vit
@@ -111,6 +113,34 @@ def test_a_file_there_and_back(place, name, tmp_path):
     assert set(exported.components) == {"text_encoder", "first_stage"}
     pictures = t2i_jax.load(out)(["a red ring", "a blue square"], steps=2)
     assert pictures.shape == (2, SIDE, SIDE, 3) and np.std(pictures) > 1
+
+
+@pytest.mark.parametrize("name", ["dit", "text"])
+def test_blocks_apart_take_adapters(place, name, tmp_path):
+  """The same numbers, and each layer under a path of its own, which `lora` adapts."""
+  source, parts = place / f"{name}.safetensors", f"--parts={place / 'parts'}"
+  convert.main([f"--source={source}", f"--output={tmp_path / 'apart'}", parts, "--apart"])
+  exported = export.read(tmp_path / "apart")
+  assert exported.config.model.scan is False
+  base = assembly.build_with(exported.config, exported.components)
+  lora = LoRA(base.text, components={"base": base})
+  block = "blocks_1" if name == "dit" else "in_blocks_0"
+  adapted = lora.ranks({"denoiser": exported.variables["params"]["denoiser"]})
+  assert f"denoiser/{block}/attention/query" in adapted
+  convert.main([f"--source={tmp_path / 'apart'}", f"--output={tmp_path / 'back.safetensors'}",
+                "--to=single_file"])
+  assert (tmp_path / "back.safetensors").read_bytes() == source.read_bytes()
+
+
+def test_every_attention_of_a_multimodal_transformer_is_adapted():
+  network = MMDiT(2, 16, 4, 2, norm=True, dual=1, grid=4, largest=4, scan=False)
+  given = {"context": np.zeros((1, 3, 8)), "pooled": np.zeros((1, 8))}
+  shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), np.zeros((1, 8, 8, 4)),
+                                               np.zeros(1), **given))["params"]
+  found = chosen(kernels({"denoiser": shapes}), LoRA.targets)
+  # Four projections of a picture and of a text, the last block's text being read only.
+  assert len(found) == 4 * 8 - 1 + 4 * network.dual
+  assert all(path.endswith(("query", "key", "value", "_out")) for path in found)
 
 
 def test_the_published_networks_are_recognised():

@@ -62,7 +62,10 @@ class LoRA(base.System):
   rank: int = 4
   alpha: float = 4.0
   groups: tuple[str, ...] = ("denoiser",)
-  targets: tuple[str, ...] = (r"attention(_\d+)?/(query|key|value|out)$",)
+  targets: tuple[str, ...] = (
+    r"attention(_\d+)?/(query|key|value|out)$",
+    r"/(image|text|second)(/(query|key|value)|_out)$",  # of the multimodal transformer
+  )
   layers: tuple[tuple[str, int], ...] = ()
   dropout: float = 0.0
   components: Mapping[str, base.System] = dataclasses.field(default_factory=dict)
@@ -105,8 +108,8 @@ class LoRA(base.System):
       raise UserError("components.base is a lora itself; merge it first, with python -m "
                       "t2i_jax.adapters merge")
     if getattr(self.adaptee, "scan", False):
-      raise UserError("components.base has stacked blocks, whose layers take no adapters; train or "
-                      "convert it with model.scan=False")
+      raise UserError("components.base has stacked blocks, whose layers take no adapters; train it "
+                      "with model.scan=False, or convert it with --apart")
     if len(self.adaptee.players) != 1 or self.adaptee.players[0].custom_gradients is not None:
       raise UserError(f"lora trains by the loss of the system that it adapts, and {kind} has "
                       f"{len(self.adaptee.players)} players; only a system of one player with one "
