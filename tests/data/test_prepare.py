@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 
@@ -12,10 +13,10 @@ import pytest
 pytest.importorskip("tensorflow_datasets", reason="needs tensorflow-datasets")
 
 from t2i_jax.data import default_options, open_source, prepare, read_labels, sets, splits
-from t2i_jax.data.images import size_of
+from t2i_jax.data.images import BadImage, size_of
 from t2i_jax.data.loader import Loader
 from t2i_jax.data.memory import InMemory, in_memory
-from t2i_jax.data.sets import shard
+from t2i_jax.data.sets import classes, shard
 from t2i_jax.errors import UserError
 
 
@@ -163,6 +164,31 @@ def test_pictures_are_shrunk_and_their_own_sizes_kept(tmp_path):
   assert source.extra_of(0)["crop"].tolist() == [0, 5]
 
 
+def test_a_picture_that_is_too_long_for_jpeg_is_left_out(tmp_path):
+  from PIL import Image
+
+  Image.new("L", (80_000, 300)).save(tmp_path / "long.png")
+  with pytest.raises(BadImage, match="80000x300, which at a shorter side of 299 is longer than"):
+    shard.load(str(tmp_path / "long.png"), 299)
+
+
+def test_texts_and_numbers_that_json_can_spell(tmp_path, capsys):
+  folder = miniatures.coco(tmp_path / "coco", train=2, val=1)
+  path = folder / "annotations/captions_train2014.json"
+  content = json.loads(path.read_text())
+  content["annotations"][0]["caption"] = "Half \ud83d of a pair."
+  path.write_text("\ufeff" + json.dumps(content), "utf-8")
+  run("coco", folder, tmp_path / "out")
+  source = open_source("coco", "train", 8, 0, {"data_dir": str(tmp_path / "out")})
+  assert "Half of a pair." in [*source.captions()]
+  for image in content["images"]:
+    image["id"] = str(image["id"])
+  path.write_text(json.dumps(content))
+  fails(capsys, "is not a captions file of MS COCO (Unknown format code", "coco", folder)
+  path.write_text("[" * 100_000)
+  fails(capsys, "is no whole JSON file (maximum recursion depth", "coco", folder)
+
+
 def test_a_stopped_run_goes_on(tmp_path, monkeypatch):
   folder, made = miniatures.coco(tmp_path / "coco"), []
   make = shard.make
@@ -255,11 +281,22 @@ def test_wrong_birds(tmp_path, capsys):
   (folder / "testclasses.txt").write_text(test)
   (folder / "CUB_200_2011/bounding_boxes.txt").write_text("1 10.0 5.0\n")
   fails(capsys, "boxes.txt, line 1: '1 10.0 5.0' is not a number and 4", "cub", folder, out)
+  (folder / "CUB_200_2011/bounding_boxes.txt").write_text("1 10.0 nan 9 9\n")
+  fails(capsys, "line 1: '1 10.0 nan 9 9' is not a number and 4 fields that are numbers", "cub",
+        folder, out)
+  (folder / "CUB_200_2011/bounding_boxes.txt").write_text(
+    "".join(f"{n} 1 1 9 9\n" for n in range(1, 7)))
+  labels = folder / "CUB_200_2011/image_class_labels.txt"
+  kept = labels.read_text()
+  for text, match in (("0", "picture 1 is of class 0, and there are 1 to 200"),
+                      ("201", "picture 1 is of class 201"),
+                      ("x", "labels.txt, line 1: '1 x' is not a number and 1 fields that are")):
+    labels.write_text(kept.replace("1 1\n", f"1 {text}\n", 1))
+    fails(capsys, match, "cub", folder, out)
+  labels.write_text(kept)
   (folder / "text_c10").rename(folder / "texts")
   fails(capsys, "has no text_c10 (or text, ", "cub", folder, out)
   (folder / "text_c10").mkdir()
-  (folder / "CUB_200_2011/bounding_boxes.txt").write_text(
-    "".join(f"{n} 1 1 9 9\n" for n in range(1, 7)))
   fails(capsys, "no bird of split 'train' has captions in", "cub", folder, out)
 
 
@@ -307,3 +344,11 @@ def test_order_and_state(prepared, options):
 @pytest.mark.parametrize("name", sets.PREPARABLE)
 def test_a_set_that_is_prepared_can_be_trained_on(name):
   assert default_options(name)["data_dir"] == "" and sets.preparable(name).load()[1].ABOUT
+
+
+def test_damaged_lists_of_names(tmp_path):
+  whole = pickle.dumps([f"{name}/a" for name in miniatures.BIRDS])
+  for damaged in (whole[:-8], whole.replace(b"]", b"a"), b"\x95" + b"\xff" * 8, b"(R."):
+    (tmp_path / "filenames.pickle").write_bytes(damaged)
+    with pytest.raises(UserError, match="filenames.pickle is no list of names"):
+      classes._names(tmp_path / "filenames.pickle")
