@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 
@@ -189,7 +190,7 @@ def test_texts_and_numbers_that_json_can_spell(tmp_path, capsys):
   fails(capsys, "is no whole JSON file (maximum recursion depth", "coco", folder)
 
 
-def test_a_stopped_run_goes_on(tmp_path, monkeypatch):
+def test_a_stopped_run_goes_on(tmp_path, monkeypatch, capsys):
   folder, made = miniatures.coco(tmp_path / "coco"), []
   make = shard.make
   monkeypatch.setattr("t2i_jax.data.sets.builder._SMALLEST_SHARD", 2)
@@ -214,6 +215,28 @@ def test_a_stopped_run_goes_on(tmp_path, monkeypatch):
     f"Picture {n}" for n in range(101, 105)]
   run("coco", folder, tmp_path / "out")  # says that it is there
   assert len(made) == 5
+  fails(capsys, "with --size=0, not 64; delete that folder, or name another", "coco", folder,
+        tmp_path / "out", "--size=64")
+
+
+def test_a_run_that_is_killed_at_its_end_loses_no_shard(tmp_path, monkeypatch):
+  folder, out = miniatures.coco(tmp_path / "coco"), tmp_path / "out/coco"
+  script = f"""
+import os, signal
+import tensorflow_datasets as tfds
+from t2i_jax.data import prepare
+
+tfds.core.DatasetInfo.write_to_directory = lambda *given: os.kill(os.getpid(), signal.SIGKILL)
+prepare.main(["coco", "--source={folder}", "--output={tmp_path / "out"}", "--workers=0"])
+"""
+  assert subprocess.run([sys.executable, "-c", script]).returncode == -signal.SIGKILL
+  (beside,), (incomplete,) = out.glob("unfinished-*"), out.glob("incomplete.*")
+  assert len([*beside.glob("*.array_record")]) == 2 and any(incomplete.iterdir())
+  (beside / "train-00000.12345678.writing").write_bytes(b"half a shard")
+  monkeypatch.setattr(shard, "make", lambda *given: 1 / 0)
+  run("coco", folder, tmp_path / "out")
+  assert [p.name for p in out.iterdir()] == ["1.0.0"]
+  assert len(open_source("coco", "train", 8, 0, {"data_dir": str(tmp_path / "out")})) == 5
 
 
 def test_another_folder_begins_afresh(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Reading what `python -m t2i_jax.data.prepare` wrote."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from t2i_jax.data.sets.table import Table
 from t2i_jax.errors import UserError, unknown
 
 VERSION = "1.0.0"
+SETTINGS = "prepared.json"  # how it was prepared
 
 
 def default_root() -> Path:
@@ -22,6 +24,15 @@ def default_root() -> Path:
 def folder_of(name: str, root: str | os.PathLike = "") -> Path:
   """Where a set lies prepared, as TFDS places it, below the folder of all prepared sets."""
   return (Path(root).expanduser() if root else default_root()) / name / VERSION
+
+
+def size_in(folder: Path) -> int | None:
+  """The `--size` that a set was prepared with, 0 for files as they were; None where it is not
+  known."""
+  try:
+    return json.loads((folder / SETTINGS).read_text())["size"]
+  except (OSError, ValueError, KeyError, TypeError):
+    return None
 
 
 class Prepared(Pictures):
