@@ -66,6 +66,13 @@ def test_damaged_archives(tmp_path):
   cut.write_bytes(b"\x1f\x8b" + content)
   with pytest.raises(BadArchive, match="compressed"):
     list(members(cut))
+  header = bytearray(content[:512])
+  header[124:136] = b"-0000001000\0"  # would lead back to this header
+  header[148:156] = b" " * 8
+  header[148:156] = b"%06o\0 " % sum(header)
+  cut.write_bytes(bytes(header) + content[512:])
+  with pytest.raises(BadArchive, match="length is below zero, at byte 0"):
+    list(members(cut))
 
 
 def test_shards_are_read_in_place(tmp_path, capsys):
