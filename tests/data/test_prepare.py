@@ -332,6 +332,16 @@ def test_a_damaged_prepared_set(prepared, tmp_path):
   np.save(column, np.load(column)[:-1])
   with pytest.raises(UserError, match="captions_at.npy has 25 rows, not 26; delete"):
     open_source("coco", "train", 8, 0, {"data_dir": str(tmp_path / "out")})
+  (records,) = folder.glob("coco-val.array_record*")
+  whole = records.read_bytes()
+  records.write_bytes(whole[:-500])
+  with pytest.raises(UserError, match="the shards of split 'val' have .* bytes, and had"):
+    open_source("coco", "val", 8, 0, {"data_dir": str(tmp_path / "out")})
+  records.unlink()
+  with pytest.raises(UserError, match="cannot read .*No such file.*delete it and prepare it again"):
+    open_source("coco", "val", 8, 0, {"data_dir": str(tmp_path / "out")})
+  records.write_bytes(whole)
+  assert len(open_source("coco", "val", 8, 0, {"data_dir": str(tmp_path / "out")})) == 3
   (folder / "val.first.npy").write_bytes(b"short")
   with pytest.raises(UserError, match="val.first.npy cannot be read"):
     open_source("coco", "val", 8, 0, {"data_dir": str(tmp_path / "out")})

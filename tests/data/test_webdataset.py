@@ -169,6 +169,10 @@ def test_what_a_user_may_have_wrong(tmp_path, capsys):
   (shards / "00001.tar").unlink()
   with pytest.raises(UserError, match="00001.tar has changed"):
     opened(shards, out)
+  for text in ("{", "[]", '{"format": 2}', '{"format": 2, "shards": 3}'):
+    (webdataset.index_of(shards, out) / "index.json").write_text(text)
+    with pytest.raises(UserError, match="index.json cannot be read .*; delete .* and run"):
+      opened(shards, out)
 
 
 def test_a_shard_of_the_same_size_but_another_time_has_changed(tmp_path):

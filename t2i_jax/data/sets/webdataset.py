@@ -71,11 +71,16 @@ class WebDataset(Pictures):
     again = f"python -m t2i_jax.data.prepare webdataset --source={path}"
     if not (folder / _INDEX).is_file():
       raise UserError(f"the tar shards of '{path}' have no index in {folder.parent}: run {again}")
-    index = json.loads((folder / _INDEX).read_text())
-    if index["format"] != _FORMAT:
+    try:
+      index = json.loads((folder / _INDEX).read_text())
+      version, states = index["format"], dict(index["shards"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+      raise UserError(f"{folder / _INDEX} cannot be read ({error}); delete {folder} and run "
+                      f"{again}") from None
+    if version != _FORMAT:
       raise UserError(f"{folder} is of another version; delete it and run {again}")
-    self._shards = [Path(path).expanduser() / name for name in index["shards"]]
-    for shard, state in zip(self._shards, index["shards"].values(), strict=True):
+    self._shards = [Path(path).expanduser() / name for name in states]
+    for shard, state in zip(self._shards, states.values(), strict=True):
       if not shard.is_file() or _state(shard) != state:
         raise UserError(f"{shard} has changed since it was indexed; delete {folder} and run "
                         f"{again}")
