@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from t2i_jax.data.caption_files import json_rows
+from t2i_jax.data.caption_files import is_text, json_rows
 from t2i_jax.errors import UserError
 
 COLUMNS = ("prompt", "caption", "text")  # one of these holds the prompt, in any case
@@ -79,7 +79,7 @@ def _read_jsonl(path, lines: list[str]) -> list[Prompt]:
   prompts = []
   for number, row in json_rows(f"--prompts={path}", lines, '{"prompt": "a photo of a bench"}'):
     text = row[_column(path, number, row)]
-    if not isinstance(text, str) or not text.strip():
+    if not is_text(text) or not text.strip():
       raise UserError(f"--prompts={path}, line {number}: its prompt is no text")
     prompts.append(Prompt(text.strip(), row))
   return prompts

@@ -226,6 +226,10 @@ def test_prompts_of_a_file_in_genevals_folders(toy, tmp_path, fails):
   with np.load(next((tmp_path / "out").glob("drawn/*/*/pictures_00000.npz"))) as drawn:
     sample = tmp_path / "geneval" / "00001" / "samples" / "0001.png"
     np.testing.assert_array_equal(np.asarray(Image.open(sample)), drawn["images"][3])
+  message = "holds pictures of other prompts, or more of each, in 0000"
+  assert message in fails(*flags[:2], "--each=1", f"--geneval={tmp_path / 'geneval'}")
+  file.write_text(json.dumps(rows[0]) + "\n")
+  assert message in fails(*flags, f"--geneval={tmp_path / 'geneval'}")
   file.write_text('{"prompt": "a bench"}\n')
   assert "row 1 of the prompts has no 'tag'" in fails(*flags, f"--geneval={tmp_path / 'geneval'}")
   (tmp_path / "mine").mkdir()

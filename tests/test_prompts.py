@@ -49,6 +49,7 @@ def test_tables_and_rows(tmp_path):
   ("a.jsonl", "{", "line 1: not JSON ("),
   ("a.jsonl", "[1]", "line 1: not an object {"),
   ("a.jsonl", '{"prompt": 3}', "line 1: its prompt is no text"),
+  ("a.jsonl", '{"prompt": "half \\ud83d"}', "line 1: its prompt is no text"),
   ("a.jsonl", '{"prompt": "a"}\n{"title": "b"}', "line 2: no column prompt, caption or text"),
 ])
 def test_files_that_hold_none(tmp_path, name, content, message):

@@ -69,17 +69,19 @@ def _read_csv(path: str, lines: Iterator[str]) -> Iterator[tuple[int, dict[str, 
     raise UserError(f"{path}, line {first}: {error}") from None
 
 
-def _is_text(value: Any) -> bool:
+def is_text(value: Any) -> bool:
+  """Whether a value of a JSON file is a text, and one that can be written."""
   # JSON can spell half of a surrogate pair, which no file or tokenizer takes.
   return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
 
 
-def _captions_in(row: dict[str, Any], where: str) -> list[str]:
+def captions_in(row: dict[str, Any], where: str) -> list[str]:
+  """The captions of a row, in all columns whose names begin so; UserError where there are none."""
   captions = []
   for key, value in row.items():
     if key.startswith("caption"):
       captions.extend(value if isinstance(value, list) else [value])
-  if not all(map(_is_text, captions)):
+  if not all(map(is_text, captions)):
     raise UserError(f"{where}: a caption is not text")
   captions = [" ".join(caption.split()) for caption in captions if caption.strip()]
   if not captions:
@@ -104,14 +106,14 @@ def read_captions(path: str) -> dict[str, tuple[list[str], str | None]]:
           _check_columns(sorted(set(row) - columns), where)
           columns.update(row)
         file, split = row.get("file"), row.get("split") or None
-        if not file or not _is_text(file):
+        if not file or not is_text(file):
           raise UserError(f"{where}: no 'file'")
         if split is not None and split not in SPLITS:
           raise unknown(f"split in {where}:", str(split), SPLITS)
         known = rows.setdefault(file, ([], split))
         if known[1] != split:
           raise UserError(f"{where}: '{file}' is in two splits, '{known[1]}' and '{split}'")
-        known[0].extend(_captions_in(row, where))
+        known[0].extend(captions_in(row, where))
   except UnicodeDecodeError as error:
     raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
   except OSError as error:

@@ -139,7 +139,10 @@ class Mixture(FileSource):
 
 def _read(part: str) -> tuple[str, float, dict[str, Any]]:
   """A part's name, share and options."""
-  name, *rest = shlex.split(part) or [""]
+  try:
+    name, *rest = shlex.split(part) or [""]
+  except ValueError as error:
+    raise UserError(f"part '{part}' of the mixture: {error}; close the quotation") from None
   defaults = data.default_options(name)
   try:
     share = float(rest[0])

@@ -5,15 +5,16 @@ import contextlib
 import io
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from t2i_jax import command
 from t2i_jax.data import sets
-from t2i_jax.data.sets import webdataset
+from t2i_jax.data.sets import unfinished, webdataset
 from t2i_jax.data.sets.listing import Listing
-from t2i_jax.data.sets.prepared import default_root, folder_of
+from t2i_jax.data.sets.prepared import default_root, folder_of, size_in
 from t2i_jax.data.sets.table import Table
 from t2i_jax.data.sets.webdataset import WebDataset
 from t2i_jax.errors import UserError
@@ -70,6 +71,11 @@ def _prepare(flags) -> None:
     flags.source, flags.output
   )
   if folder.exists():
+    shutil.rmtree(unfinished.beside(folder), ignore_errors=True)  # of what was killed at its end
+    size = size_in(folder)
+    if size not in (None, flags.size):
+      raise UserError(f"'{flags.name}' is prepared in {folder} with --size={size}, not "
+                      f"{flags.size}; delete that folder, or name another --output")
     print(f"'{flags.name}' is prepared in {folder}; to prepare it again, delete that folder")
     return
   if preparable is None:

@@ -43,9 +43,9 @@ def of_prompts(
   return batches
 
 
-def of_split(reconstructor: Reconstructor, source: Source, size: int) -> Batches:
-  """A split's pictures, encoded and decoded."""
-  return lambda rows: reconstructor.batches(source, rows, size)
+def of_split(reconstructor: Reconstructor, source: Source, total: int, size: int) -> Batches:
+  """The `total` real pictures of a split, encoded and decoded."""
+  return lambda rows: reconstructor.batches(source, rows, total, size)
 
 
 def draw(batches: Batches, shards: Shards, stop: Callable[[], bool], progress: "Progress") -> None:

@@ -5,11 +5,13 @@ the row, and the row's pictures as `00000/samples/0000.png`...
 """
 
 import json
+from collections.abc import Sequence
 
 from etils import epath
 
+from t2i_jax.data.base import digest_of
 from t2i_jax.errors import UserError
-from t2i_jax.evaluation.folder import Shards
+from t2i_jax.evaluation.folder import Shards, slug
 from t2i_jax.evaluation.prompt_sets import PromptSet
 from t2i_jax.files import write_whole
 from t2i_jax.training.grids import save_picture
@@ -38,6 +40,50 @@ def check_folder(path: str) -> None:
     raise UserError(f"--geneval={path} is there and holds {foreign[0]}; choose another folder")
 
 
+def targets(path: str, labels: Sequence[str], prompts: PromptSet) -> list[epath.Path]:
+  """Where the pictures of points go: of one into the folder, of several each into one inside.
+
+  Args:
+    path: the folder; none for "".
+    labels: of the points.
+    prompts: with the rows of GenEval's file.
+
+  Raises:
+    UserError: pictures would stay among the new ones, and GenEval's scripts score all.
+  """
+  if not path:
+    return []
+  target, names = epath.Path(path).expanduser(), [slug(label) for label in labels]
+  found = [target] if len(labels) == 1 else [
+    # Two labels may be alike as names of folders.
+    target / (f"{name}_{digest_of(label)[:6]}" if names.count(name) > 1 else name)
+    for name, label in zip(names, labels, strict=True)
+  ]
+  for folder in found:
+    _check_kept(folder, prompts)
+  return found
+
+
+def _check_kept(path: epath.Path, prompts: PromptSet) -> None:
+  rows = [json.dumps(dict(prompt.about)) for prompt in prompts.prompts]
+  wanted = {_sample(n) for n in range(prompts.each)}
+  for inside in path.iterdir() if path.exists() else ():
+    metadata, samples = inside / "metadata.jsonl", inside / "samples"
+    if not inside.name.isdigit() or not metadata.exists():
+      continue
+    number = int(inside.name)
+    ours = number < len(rows) and metadata.read_text(encoding="utf-8") == rows[number]
+    there = {file.name for file in (samples.iterdir() if samples.exists() else ())
+             if not file.name.startswith(".")}
+    if not ours or there - wanted:
+      raise UserError(f"--geneval={path} holds pictures of other prompts, or more of each, in "
+                      f"{inside.name}; choose another folder")
+
+
+def _sample(number: int) -> str:
+  return f"{number:04d}.png"
+
+
 def write(path: epath.Path, prompts: PromptSet, shards: Shards) -> None:
   """Writes one point's pictures.
 
@@ -54,5 +100,5 @@ def write(path: epath.Path, prompts: PromptSet, shards: Shards) -> None:
       if sample == 0:
         row = json.dumps(dict(prompts.prompts[prompt].about))
         write_whole(folder / "metadata.jsonl", row.encode())
-      save_picture(folder / "samples" / f"{sample:04d}.png", image)
+      save_picture(folder / "samples" / _sample(sample), image)
       index += 1

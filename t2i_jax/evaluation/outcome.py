@@ -133,7 +133,7 @@ def _section(
   labels = [row["point"] for row in rows_drawn]
   if rows_drawn and "reconstruction" in rows_drawn[0]:
     source = sources.of(prompts.split, rows_drawn[0]["export"]["resolution"])
-    pictures.insert(0, pictures_of(source, shown)[:, None])
+    pictures.insert(0, pictures_of(source, shown, prompts.total)[:, None])
     labels.insert(0, ORIGINAL)
   if rows_drawn:
     _save_grid(prompts, rows_drawn, labels, pictures, texts, path)

@@ -65,9 +65,9 @@ class PromptSet:
 
 
 def of_split(source: Source, split: str, pictures: int, each: int) -> PromptSet:
-  """The first captions of a split; past its end the same rows again, with their next captions."""
+  """Captions of a split's `rows_of`; past its end the same rows again, with their next captions."""
   count = _prompts_of(pictures, each)
-  rows = source.describe(np.arange(count) % len(source), np.arange(count, dtype=np.uint64))
+  rows = source.describe(rows_of(source, count), np.arange(count, dtype=np.uint64))
   return PromptSet(split, tuple(map(Prompt, rows.captions)), each, split)
 
 
@@ -92,15 +92,27 @@ def _prompts_of(pictures: int, each: int) -> int:
   return pictures // each
 
 
+def rows_of(source: Source, count: int) -> np.ndarray:
+  """The rows of a split that `count` captions or real pictures are of, int64 [count], ascending.
+
+  Where a split of files has more, they are spread evenly over it: sets lie in the order of their
+  classes, of the parts of a mixture, or of pictures with many rows each, and the first rows would
+  be of a few of those. Past the end of a split come the same rows again.
+  """
+  if source.infinite or count >= len(source):
+    return np.arange(count) % len(source)
+  return np.arange(count) * len(source) // count
+
+
 def real_pictures(source: Source, count: int, batch_size: int) -> Iterator[np.ndarray]:
-  """The first pictures of a split, in the order of its captions, uint8 [n, R, R, 3] each."""
+  """Pictures of a split, in the order of as many captions, uint8 [n, R, R, 3] each."""
   for start in range(0, count, batch_size):
-    yield pictures_of(source, np.arange(start, min(start + batch_size, count)))
+    yield pictures_of(source, np.arange(start, min(start + batch_size, count)), count)
 
 
-def pictures_of(source: Source, rows: np.ndarray) -> np.ndarray:
-  """The pictures of a split's rows, uint8 [n, R, R, 3]; past its end the same ones again."""
-  return fetch_rows(source, rows % len(source), rows.astype(np.uint64))[1].image
+def pictures_of(source: Source, index: np.ndarray, count: int) -> np.ndarray:
+  """Some of the `count` real pictures of a split, by their numbers, uint8 [n, R, R, 3]."""
+  return fetch_rows(source, rows_of(source, count)[index], index.astype(np.uint64))[1].image
 
 
 class Sources:

@@ -41,12 +41,15 @@ class Reconstructor:
       compiler_options=compiler_options(mesh.devices.flat[0].platform),
     )
 
-  def batches(self, source: Source, rows: range, size: int) -> Iterator[Mapping[str, np.ndarray]]:
+  def batches(
+    self, source: Source, rows: range, total: int, size: int
+  ) -> Iterator[Mapping[str, np.ndarray]]:
     """What becomes of a split's pictures; the next ones are read while the devices are at some.
 
     Args:
       source: the split.
-      rows: of it.
+      rows: numbers of its pictures, of all that are taken.
+      total: how many are taken, as of `prompt_sets.rows_of`.
       size: pictures at a time, which divides over the devices.
 
     Yields:
@@ -55,7 +58,7 @@ class Reconstructor:
     """
     sharding, waiting = batch_sharding(self.mesh), None
     for start in range(rows.start, rows.stop, size):
-      images = pictures_of(source, np.arange(start, min(start + size, rows.stop)))
+      images = pictures_of(source, np.arange(start, min(start + size, rows.stop)), total)
       images = np.pad(images, [(0, size - len(images)), (0, 0), (0, 0), (0, 0)])
       given = jax.make_array_from_callback(images.shape, sharding, images.__getitem__)
       with jax.set_mesh(self.mesh):

@@ -11,7 +11,7 @@ from t2i_jax.data.base import digest_of
 from t2i_jax.errors import UserError
 from t2i_jax.evaluation.drawing import Progress
 from t2i_jax.evaluation.folder import slug
-from t2i_jax.evaluation.prompt_sets import real_pictures
+from t2i_jax.evaluation.prompt_sets import real_pictures, rows_of
 from t2i_jax.metrics.network import Features
 from t2i_jax.metrics.reference import Reference
 from t2i_jax.metrics.registry import INCEPTION, METRICS, Networks, reference_networks
@@ -97,7 +97,8 @@ class References:
     count = self.pictures if source.infinite else min(self.pictures, len(source))
     about = f"{dataset}, split {split}, {count} pictures"
     options = sources.config.data.options.to_json_best_effort(sort_keys=True)
-    how = digest_of(network.digest, network.preprocessing, source.digest(), options, rows)[:12]
+    how = digest_of(network.digest, network.preprocessing, source.digest(), options, rows,
+                    rows_of(source, count).tobytes())[:12]
     name = slug(f"{dataset}_{split}_{resolution}_{count}_{kind}_{how}")
     path = self.folder / "references" / f"{name}.npz"
     # All hosts read it or all measure it, which they do together.

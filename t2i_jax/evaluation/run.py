@@ -77,6 +77,7 @@ def evaluate(flags: Any) -> None:
     at = points.check_points(at, mesh, _warn)
     _warn_of_cut_prompts(models, sets)
 
+  targets = geneval.targets(flags.geneval, [point.label for point in at], sets[0])
   drawn = [name for name in metrics if name not in OWN]
   with _folder(flags, at, sets, sources, shards) as (path, kept):
     compared = references.References(
@@ -113,7 +114,7 @@ def evaluate(flags: Any) -> None:
     if is_primary():
       outcome.show(rows, sets, path, kept, sources)
       if flags.geneval:
-        _write_geneval(flags.geneval, at, sets[0], path, flags.batch_size, shards)
+        _write_geneval(targets, at, sets[0], path, flags.batch_size, shards)
 
 
 def _prompt_sets(flags, config, model: Model, sources: prompt_sets.Sources) -> list[PromptSet]:
@@ -122,7 +123,7 @@ def _prompt_sets(flags, config, model: Model, sources: prompt_sets.Sources) -> l
     if flags.geneval:
       geneval.check(prompts)
     return [prompts]
-  splits = flags.split or run_data.held_out_splits(config)
+  splits = list(dict.fromkeys(flags.split)) or run_data.held_out_splits(config)
   prompt_sets.check_splits(config.data.name, splits)
   side = batch_spec.resolution_of(model.system)
   sets = []
@@ -248,7 +249,8 @@ def _measure(
       results = scoring.loss_results(losses, prompts.split)
       if metrics != [LOSS]:
         if model.reconstructs:
-          batches, verb = drawing.of_split(made, originals, kept.size), "reconstructed"
+          batches, verb = drawing.of_split(
+            made, originals, prompts.total, kept.size), "reconstructed"
         else:
           batches, verb = drawing.of_prompts(
             made, prompts, flags.seed, point.options, kept.size), "drawn"
@@ -283,13 +285,11 @@ def _shards(
 
 
 def _write_geneval(
-  target: str, at: Sequence[Point], prompts: PromptSet, path: epath.Path, batch_size: int,
-  shards: int,
+  targets: Sequence[epath.Path], at: Sequence[Point], prompts: PromptSet, path: epath.Path,
+  batch_size: int, shards: int,
 ) -> None:
-  """Every point's pictures; those of several each in a folder of its own."""
-  for point in at:
-    inside = epath.Path(target).expanduser()
-    inside = inside / folder.slug(point.label) if len(at) > 1 else inside
+  """Every point's pictures, each in its folder."""
+  for point, inside in zip(at, targets, strict=True):
     geneval.write(inside, prompts, _shards(path, point, prompts, batch_size, shards))
     _say(f"{prompts.total} pictures of {len(prompts.prompts)} prompts for GenEval in {inside}")
 

@@ -129,7 +129,8 @@ def measured(
     compared = originals is not None and "originals" in scores.needs
     scores.update(
       kept["images"], index, captions[rows.start : rows.stop],
-      pictures_of(originals, index) if compared else None, latents=kept.get("latents"),
+      pictures_of(originals, index, shards.total) if compared else None,
+      latents=kept.get("latents"),
     )
     progress.add(len(rows))
     stopping = agree_any(stop())

@@ -19,7 +19,10 @@ def inception_score(logits: np.ndarray, splits: int = 10, seed: int = 0) -> tupl
   edges = [i * len(logits) // splits for i in range(splits + 1)]
   scores = []
   for start, end in zip(edges, edges[1:], strict=False):
-    marginal = np.log(p[start:end].mean(axis=0))
-    divergence = np.sum(p[start:end] * (log_p[start:end] - marginal), axis=1).mean()
+    part = p[start:end]
+    with np.errstate(divide="ignore", invalid="ignore"):
+      terms = part * (log_p[start:end] - np.log(part.mean(axis=0)))
+    # The limit of p log p at 0; where p is, the marginal may be as well.
+    divergence = np.sum(np.where(part > 0, terms, 0), axis=1).mean()
     scores.append(np.exp(divergence))
   return float(np.mean(scores)), float(np.std(scores))

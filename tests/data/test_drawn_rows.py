@@ -161,6 +161,8 @@ def test_wrong_synthetic_captions(wide):
   for row, match in (
     ({"file": "x.png", "caption": "a"}, other), ({"caption": "a"}, "made.jsonl, line 1: not"),
     ({"file": "0.png", "caption": " "}, "line 1: no caption"),
+    ({"file": "0.png", "caption": "half \ud83d"}, "line 1: a caption is not text"),
+    ({"file": "0.png", "captions": None}, "line 1: a caption is not text"),
   ):  # fmt: skip
     with pytest.raises(UserError, match=match):
       wide(synthetic=synthetic(file, row))
@@ -168,6 +170,35 @@ def test_wrong_synthetic_captions(wide):
     wide(synthetic=str(file) + "x")
   with pytest.raises(UserError, match="is no probability"):
     wide(synthetic_share=1.5)
+  file.write_text("[" * 100_000)
+  with pytest.raises(UserError, match="made.jsonl, line 1: not JSON"):
+    wide(synthetic=str(file))
+
+
+def test_synthetic_captions_of_the_same_file_name_in_other_folders(tmp_path):
+  for split in ("train", "test"):
+    (tmp_path / split).mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / split / "1.png")
+  (tmp_path / "train/more").mkdir()
+  Image.new("RGB", (8, 8)).save(tmp_path / "train/more/1.png")
+  rows = [{"file": f"{name}/1.png", "caption": "c", "split": name.partition("/")[0]}
+          for name in ("train", "train/more", "test")]
+  (tmp_path / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+  def captions(*files):
+    made = tmp_path / "made.jsonl"
+    made.write_text("\ufeff" + "".join(
+      json.dumps({"file": file, "captions": "of " + file}) + "\n" for file in files), "utf-8")
+    source = open_source("folder", "train", 8, 0, {"path": str(tmp_path), "synthetic": str(made)})
+    return [source.captions_of(n)[1:] for n in range(2)]
+
+  assert captions("train/1.png", "test/1.png") == [("of train/1.png",), ()]
+  assert captions("/data/train/1.png", "more/1.png") == [
+    ("of /data/train/1.png",), ("of more/1.png",)]
+  with pytest.raises(UserError, match="line 1: '1.png' may be train/1.png or train/more/1.png"):
+    captions("1.png")
+  with pytest.raises(UserError, match="has captions of another set"):
+    captions("test/1.png")
 
 
 def photos(path, names, **row):
@@ -199,7 +230,7 @@ def test_a_mixture_draws_by_shares(tmp_path):
   ((), "needs its option 'parts'"), (("folder",), "has no share; write 'folder 0.5'"),
   (("foldr 1",), "unknown data set 'foldr'"), (("folder -1",), "use a positive number"),
   (("folder 1 pth=x",), "unknown option of data set 'folder' 'pth'; did you mean 'path'"),
-  (("scenes 1",), "is made on the fly"),
+  (("scenes 1",), "is made on the fly"), (('"folder 1',), "No closing quotation; close"),
   (("folder 1 {}", "folder 1 {} sizes=True"), "give other arrays beside pictures"),
 ])  # fmt: skip
 def test_wrong_mixtures(tmp_path, parts, match):

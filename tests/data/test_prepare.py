@@ -2,6 +2,8 @@
 
 import json
 import os
+import pickle
+import signal
 import subprocess
 import sys
 
@@ -12,10 +14,10 @@ import pytest
 pytest.importorskip("tensorflow_datasets", reason="needs tensorflow-datasets")
 
 from t2i_jax.data import default_options, open_source, prepare, read_labels, sets, splits
-from t2i_jax.data.images import size_of
+from t2i_jax.data.images import BadImage, size_of
 from t2i_jax.data.loader import Loader
 from t2i_jax.data.memory import InMemory, in_memory
-from t2i_jax.data.sets import shard
+from t2i_jax.data.sets import classes, shard
 from t2i_jax.errors import UserError
 
 
@@ -163,7 +165,32 @@ def test_pictures_are_shrunk_and_their_own_sizes_kept(tmp_path):
   assert source.extra_of(0)["crop"].tolist() == [0, 5]
 
 
-def test_a_stopped_run_goes_on(tmp_path, monkeypatch):
+def test_a_picture_that_is_too_long_for_jpeg_is_left_out(tmp_path):
+  from PIL import Image
+
+  Image.new("L", (80_000, 300)).save(tmp_path / "long.png")
+  with pytest.raises(BadImage, match="80000x300, which at a shorter side of 299 is longer than"):
+    shard.load(str(tmp_path / "long.png"), 299)
+
+
+def test_texts_and_numbers_that_json_can_spell(tmp_path, capsys):
+  folder = miniatures.coco(tmp_path / "coco", train=2, val=1)
+  path = folder / "annotations/captions_train2014.json"
+  content = json.loads(path.read_text())
+  content["annotations"][0]["caption"] = "Half \ud83d of a pair."
+  path.write_text("\ufeff" + json.dumps(content), "utf-8")
+  run("coco", folder, tmp_path / "out")
+  source = open_source("coco", "train", 8, 0, {"data_dir": str(tmp_path / "out")})
+  assert "Half of a pair." in [*source.captions()]
+  for image in content["images"]:
+    image["id"] = str(image["id"])
+  path.write_text(json.dumps(content))
+  fails(capsys, "is not a captions file of MS COCO (Unknown format code", "coco", folder)
+  path.write_text("[" * 100_000)
+  fails(capsys, "is no whole JSON file (maximum recursion depth", "coco", folder)
+
+
+def test_a_stopped_run_goes_on(tmp_path, monkeypatch, capsys):
   folder, made = miniatures.coco(tmp_path / "coco"), []
   make = shard.make
   monkeypatch.setattr("t2i_jax.data.sets.builder._SMALLEST_SHARD", 2)
@@ -188,6 +215,28 @@ def test_a_stopped_run_goes_on(tmp_path, monkeypatch):
     f"Picture {n}" for n in range(101, 105)]
   run("coco", folder, tmp_path / "out")  # says that it is there
   assert len(made) == 5
+  fails(capsys, "with --size=0, not 64; delete that folder, or name another", "coco", folder,
+        tmp_path / "out", "--size=64")
+
+
+def test_a_run_that_is_killed_at_its_end_loses_no_shard(tmp_path, monkeypatch):
+  folder, out = miniatures.coco(tmp_path / "coco"), tmp_path / "out/coco"
+  script = f"""
+import os, signal
+import tensorflow_datasets as tfds
+from t2i_jax.data import prepare
+
+tfds.core.DatasetInfo.write_to_directory = lambda *given: os.kill(os.getpid(), signal.SIGKILL)
+prepare.main(["coco", "--source={folder}", "--output={tmp_path / "out"}", "--workers=0"])
+"""
+  assert subprocess.run([sys.executable, "-c", script]).returncode == -signal.SIGKILL
+  (beside,), (incomplete,) = out.glob("unfinished-*"), out.glob("incomplete.*")
+  assert len([*beside.glob("*.array_record")]) == 2 and any(incomplete.iterdir())
+  (beside / "train-00000.12345678.writing").write_bytes(b"half a shard")
+  monkeypatch.setattr(shard, "make", lambda *given: 1 / 0)
+  run("coco", folder, tmp_path / "out")
+  assert [p.name for p in out.iterdir()] == ["1.0.0"]
+  assert len(open_source("coco", "train", 8, 0, {"data_dir": str(tmp_path / "out")})) == 5
 
 
 def test_another_folder_begins_afresh(tmp_path, monkeypatch):
@@ -255,11 +304,22 @@ def test_wrong_birds(tmp_path, capsys):
   (folder / "testclasses.txt").write_text(test)
   (folder / "CUB_200_2011/bounding_boxes.txt").write_text("1 10.0 5.0\n")
   fails(capsys, "boxes.txt, line 1: '1 10.0 5.0' is not a number and 4", "cub", folder, out)
+  (folder / "CUB_200_2011/bounding_boxes.txt").write_text("1 10.0 nan 9 9\n")
+  fails(capsys, "line 1: '1 10.0 nan 9 9' is not a number and 4 fields that are numbers", "cub",
+        folder, out)
+  (folder / "CUB_200_2011/bounding_boxes.txt").write_text(
+    "".join(f"{n} 1 1 9 9\n" for n in range(1, 7)))
+  labels = folder / "CUB_200_2011/image_class_labels.txt"
+  kept = labels.read_text()
+  for text, match in (("0", "picture 1 is of class 0, and there are 1 to 200"),
+                      ("201", "picture 1 is of class 201"),
+                      ("x", "labels.txt, line 1: '1 x' is not a number and 1 fields that are")):
+    labels.write_text(kept.replace("1 1\n", f"1 {text}\n", 1))
+    fails(capsys, match, "cub", folder, out)
+  labels.write_text(kept)
   (folder / "text_c10").rename(folder / "texts")
   fails(capsys, "has no text_c10 (or text, ", "cub", folder, out)
   (folder / "text_c10").mkdir()
-  (folder / "CUB_200_2011/bounding_boxes.txt").write_text(
-    "".join(f"{n} 1 1 9 9\n" for n in range(1, 7)))
   fails(capsys, "no bird of split 'train' has captions in", "cub", folder, out)
 
 
@@ -272,6 +332,16 @@ def test_a_damaged_prepared_set(prepared, tmp_path):
   np.save(column, np.load(column)[:-1])
   with pytest.raises(UserError, match="captions_at.npy has 25 rows, not 26; delete"):
     open_source("coco", "train", 8, 0, {"data_dir": str(tmp_path / "out")})
+  (records,) = folder.glob("coco-val.array_record*")
+  whole = records.read_bytes()
+  records.write_bytes(whole[:-500])
+  with pytest.raises(UserError, match="the shards of split 'val' have .* bytes, and had"):
+    open_source("coco", "val", 8, 0, {"data_dir": str(tmp_path / "out")})
+  records.unlink()
+  with pytest.raises(UserError, match="cannot read .*No such file.*delete it and prepare it again"):
+    open_source("coco", "val", 8, 0, {"data_dir": str(tmp_path / "out")})
+  records.write_bytes(whole)
+  assert len(open_source("coco", "val", 8, 0, {"data_dir": str(tmp_path / "out")})) == 3
   (folder / "val.first.npy").write_bytes(b"short")
   with pytest.raises(UserError, match="val.first.npy cannot be read"):
     open_source("coco", "val", 8, 0, {"data_dir": str(tmp_path / "out")})
@@ -307,3 +377,11 @@ def test_order_and_state(prepared, options):
 @pytest.mark.parametrize("name", sets.PREPARABLE)
 def test_a_set_that_is_prepared_can_be_trained_on(name):
   assert default_options(name)["data_dir"] == "" and sets.preparable(name).load()[1].ABOUT
+
+
+def test_damaged_lists_of_names(tmp_path):
+  whole = pickle.dumps([f"{name}/a" for name in miniatures.BIRDS])
+  for damaged in (whole[:-8], whole.replace(b"]", b"a"), b"\x95" + b"\xff" * 8, b"(R."):
+    (tmp_path / "filenames.pickle").write_bytes(damaged)
+    with pytest.raises(UserError, match="filenames.pickle is no list of names"):
+      classes._names(tmp_path / "filenames.pickle")

@@ -122,6 +122,9 @@ def test_wrong_visual_genome(tmp_path):
   assert visual_genome.read(folder).skipped == [("4.jpg", "is in none of the folders of pictures")]
   miniatures.write(folder / "region_descriptions.json", [{"id": 1, "objects": []}])
   fails("is not a file of region descriptions .key 'regions'", visual_genome.read, folder)
+  region = {"phrase": "a", "x": "1", "y": 0, "width": 9, "height": 9}
+  miniatures.write(folder / "region_descriptions.json", [{"id": 1, "regions": [region]}])
+  fails("is not a file of region descriptions .can only concat", visual_genome.read, folder)
   (folder / "region_descriptions.json").unlink()
   fails("has no region_descriptions.json", visual_genome.read, folder)
 

@@ -1,6 +1,7 @@
 """Tar shards read in place: the index, what is skipped, padding, damaged archives."""
 
 import io
+import os
 import pickle
 import tarfile
 
@@ -10,7 +11,7 @@ import pytest
 
 from t2i_jax.data import open_source, prepare
 from t2i_jax.data.loader import Loader
-from t2i_jax.data.sets import webdataset
+from t2i_jax.data.sets import tar_samples, unfinished, webdataset
 from t2i_jax.data.sets.tar_index import BadArchive, Member, members, read_at
 from t2i_jax.errors import UserError
 
@@ -64,6 +65,13 @@ def test_damaged_archives(tmp_path):
     list(members(cut))
   cut.write_bytes(b"\x1f\x8b" + content)
   with pytest.raises(BadArchive, match="compressed"):
+    list(members(cut))
+  header = bytearray(content[:512])
+  header[124:136] = b"-0000001000\0"  # would lead back to this header
+  header[148:156] = b" " * 8
+  header[148:156] = b"%06o\0 " % sum(header)
+  cut.write_bytes(bytes(header) + content[512:])
+  with pytest.raises(BadArchive, match="length is below zero, at byte 0"):
     list(members(cut))
 
 
@@ -161,3 +169,38 @@ def test_what_a_user_may_have_wrong(tmp_path, capsys):
   (shards / "00001.tar").unlink()
   with pytest.raises(UserError, match="00001.tar has changed"):
     opened(shards, out)
+  for text in ("{", "[]", '{"format": 2}', '{"format": 2, "shards": 3}'):
+    (webdataset.index_of(shards, out) / "index.json").write_text(text)
+    with pytest.raises(UserError, match="index.json cannot be read .*; delete .* and run"):
+      opened(shards, out)
+
+
+def test_a_shard_of_the_same_size_but_another_time_has_changed(tmp_path):
+  shards = miniatures.img2dataset(tmp_path / "shards")
+  (shards / "folder.tar").mkdir()
+  run(shards, tmp_path / "out")
+  opened(shards, tmp_path / "out")
+  state = (shards / "00001.tar").stat()
+  os.utime(shards / "00001.tar", (state.st_atime, state.st_mtime + 60))
+  with pytest.raises(UserError, match="00001.tar has changed since it was indexed"):
+    opened(shards, tmp_path / "out")
+
+
+def test_two_at_once(tmp_path, capsys, monkeypatch):
+  """The second one is told so, and nothing of the first is lost; what was killed is cleared."""
+  shards, out = miniatures.img2dataset(tmp_path / "shards"), tmp_path / "out"
+  folder, index = webdataset.index_of(shards, out), tar_samples.index
+  beside = unfinished.beside(folder)
+  beside.mkdir(parents=True)
+  (beside / "part.12345678.writing").write_bytes(b"killed")
+
+  def second(*given):
+    monkeypatch.setattr(tar_samples, "index", index)
+    assert not [*beside.glob("*.writing")]
+    fails(capsys, "another process is preparing the index of", shards, out)
+    index(*given)
+
+  monkeypatch.setattr(tar_samples, "index", second)
+  run(shards, out)
+  assert len(opened(shards, out)) == 7
+  assert [path.name for path in folder.parent.iterdir()] == [folder.name]

@@ -95,6 +95,7 @@ def test_cmmd_is_the_sum_over_all_pairs():
 def test_inception_score_is_the_number_of_sure_classes():
   sure = 100 * np.eye(5)[np.arange(1000) % 5]
   assert inception_score(sure, splits=1)[0] == pytest.approx(5)
+  assert inception_score(1000 * sure, splits=1)[0] == pytest.approx(5)  # others underflow to 0
   assert inception_score(np.zeros((1000, 5)), splits=10) == pytest.approx((1, 0))
 
 

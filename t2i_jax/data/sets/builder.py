@@ -7,7 +7,6 @@ pictures.
 Prepare it with `file_format="array_record"`; other formats need TensorFlow.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -19,9 +18,9 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from t2i_jax.data.sets import beam, parallel, shard, table
+from t2i_jax.data.sets import beam, parallel, shard, table, unfinished
 from t2i_jax.data.sets.listing import Listing, Picture
-from t2i_jax.data.sets.prepared import VERSION
+from t2i_jax.data.sets.prepared import SETTINGS, VERSION
 from t2i_jax.errors import UserError
 
 SKIPPED = "skipped.txt"
@@ -108,29 +107,36 @@ class PicturesBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         digest.update(repr(picture).encode(errors="surrogatepass"))
     return {"pictures": digest.hexdigest(), "size": self._size, "version": VERSION}
 
+  def download_and_prepare(self, **kwargs: Any) -> None:
+    """As TFDS does, by one process at a time; finished shards are kept until all of it is there.
+
+    Raises:
+      UserError: another process is at it, or not one picture of a split can be read.
+    """
+    folder = Path(self.data_dir)
+    with unfinished.making(folder, f"'{self.name}'"):
+      for path in folder.parent.glob(f"incomplete.*_{folder.name}"):  # TFDS's, of what was killed
+        shutil.rmtree(path, ignore_errors=True)
+      super().download_and_prepare(**kwargs)
+
   def _download_and_prepare(self, dl_manager: Any, download_config: Any = None) -> None:
-    """Writes what is missing beside, then moves all of it into TFDS's own temporary folder."""
-    beside = Path(self.data_dir_root) / self.name / f"unfinished-{VERSION}"
-    beside.mkdir(parents=True, exist_ok=True)
-    with open(beside / ".lock", "w") as lock:
-      try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      except BlockingIOError:
-        raise UserError(f"another process is preparing '{self.name}' in {beside.parent}") from None
-      self._claim(beside)
-      made = self._make_shards(beside)
-      self._collect(beside, made)
-      shutil.rmtree(beside)
+    """Writes what is missing beside, then links all of it into TFDS's own temporary folder."""
+    beside = unfinished.beside(Path(self.data_dir_root) / self.name / VERSION)
+    self._claim(beside)
+    self._collect(self._make_shards(beside))
 
   def _claim(self, beside: Path) -> None:
-    """Forgets what an attempt at something else left."""
+    """Forgets what an attempt at something else left, and what one that was killed was at."""
     plan, file = self._plan(), beside / "plan.json"
-    if file.exists() and json.loads(file.read_text()) == plan:
-      return
-    for path in beside.iterdir():
-      if path.name != ".lock":
-        path.unlink()
-    _write_text(file, json.dumps(plan))
+    try:
+      same = json.loads(file.read_text()) == plan
+    except (OSError, ValueError):
+      same = False
+    if not same:
+      unfinished.clear(beside)
+      _write_text(file, json.dumps(plan))
+    elif not self._runner:  # whose workers may still be at it
+      unfinished.clear(beside, "*.writing")
 
   def _make_shards(self, beside: Path) -> dict[str, list[Path]]:
     """Makes the shards that are missing; returns all of them by split."""
@@ -162,7 +168,7 @@ class PicturesBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
       parallel.run(shard.make, jobs, self._workers, tell)
     return paths
 
-  def _collect(self, beside: Path, made: Mapping[str, Sequence[Path]]) -> None:
+  def _collect(self, made: Mapping[str, Sequence[Path]]) -> None:
     """Gives finished shards the names that TFDS reads, and writes the tables and the report."""
     folder, infos = Path(self.data_dir), []
     for split, paths in made.items():
@@ -186,6 +192,7 @@ class PicturesBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         num_bytes=sum(file.stat().st_size for file in files), filename_template=template,
       ))
     _write_text(folder / SKIPPED, "".join(f"{n}\t{reason}\n" for n, reason in self.skipped))
+    _write_text(folder / SETTINGS, json.dumps({"size": self._size}))
     self.info.set_splits(tfds.core.splits.SplitDict(infos))
 
 

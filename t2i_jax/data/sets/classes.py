@@ -121,8 +121,9 @@ def _names(file: Path) -> list[str]:
   try:
     with open(file, "rb") as content:
       names = _Plain(content, encoding="latin-1").load()
-  except (pickle.UnpicklingError, EOFError, ValueError, IndexError, OSError) as error:
-    raise UserError(f"{file} is no list of names ({error}); download it again") from None
+  except Exception as error:  # what a damaged pickle raises is not bounded
+    raise UserError(f"{file} is no list of names ({str(error) or type(error).__name__}); download "
+                    "it again") from None
   if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
     raise UserError(f"{file} is no list of names; download it again")
   return names

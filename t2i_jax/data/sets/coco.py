@@ -102,10 +102,12 @@ def _captioned(content: Any, path: Path, part: str, pattern: str, folder: Path,
         captions[annotation["image_id"]].append(text)
   pictures = []
   for number, file in files.items():
+    with fields_of(path, "a captions file of MS COCO"):
+      wanted = pattern.format(part, number)
     # The captions of another year or split look alike; the names of their pictures do not.
-    if file != pattern.format(part, number):
+    if file != wanted:
       raise UserError(f"{path} is of another set: its picture {number} is '{file}', in {part} it "
-                      f"is '{pattern.format(part, number)}'")
+                      f"is '{wanted}'")
     if captions[number]:
       name = f"{part}/{file}"
       pictures.append(Picture(name, str(folder / file), tuple(captions[number])))

@@ -10,8 +10,11 @@ The folder of pictures has files that `images.txt` does not name; they are left 
 published results. Wah et al. 2011; Reed, Akata, Lee and Schiele 2016 (captions, 150/50 classes).
 """
 
+import math
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from t2i_jax.data.sets.classes import class_split, read_class_numbers, sort
 from t2i_jax.data.sets.listing import Listing, Picture, find, read_lines
@@ -57,30 +60,46 @@ def read(source: Path) -> Listing:
   texts = find(source, "text_c10", "text", "cvpr2016_cub/text_c10", "birds/text",
                what="the captions (cvpr2016_cub.tar.gz, unpacked)")
   names, labels, boxes = (
-    _numbered(find(birds, f"{file}.txt", what="a part of CUB_200_2011"), fields)
-    for file, fields in (("images", 1), ("image_class_labels", 1), ("bounding_boxes", 4))
+    _numbered(find(birds, f"{file}.txt", what="a part of CUB_200_2011"), fields, kind)
+    for file, fields, kind in (("images", 1, str), ("image_class_labels", 1, int),
+                               ("bounding_boxes", 4, _finite))
   )
   test = class_split(source, texts, [name for (name,) in names.values()])
   listing, pictures = Listing({"train": [], "test": []}), []
   for number, (name,) in names.items():
     if number not in labels or number not in boxes:
       raise UserError(f"{birds} is not whole: picture {number} of images.txt has no label or box")
-    box, label = tuple(map(float, boxes[number])), int(labels[number][0]) - 1
-    pictures.append((name, Picture(name, str(birds / "images" / name), (), label, (box,))))
+    box, (label,) = boxes[number], labels[number]
+    if not 1 <= label <= CLASSES["class"]:
+      raise UserError(f"{birds / 'image_class_labels.txt'}: picture {number} is of class {label}, "
+                      f"and there are 1 to {CLASSES['class']}; it is of another set")
+    pictures.append((name, Picture(name, str(birds / "images" / name), (), label - 1, (box,))))
   sort(pictures, texts, test, listing, "bird", "images.txt")
   _note_unlisted(birds / "images", {name for (name,) in names.values()}, listing)
   return listing
 
 
-def _numbered(path: Path, fields: int) -> dict[str, list[str]]:
-  """Lines "number field field..." by their number."""
+def _numbered(path: Path, fields: int, kind: Callable[[str], Any]) -> dict[str, tuple]:
+  """Lines "number field field..." by their number; `kind` reads a field, or raises ValueError."""
   rows = {}
   for line, text in read_lines(path):
     number, *row = text.split()
-    if len(row) != fields or not number.isdigit():
-      raise UserError(f"{path}, line {line}: '{text[:60]}' is not a number and {fields} fields")
-    rows[number] = row
+    try:
+      if len(row) != fields or not number.isdigit():
+        raise ValueError
+      rows[number] = tuple(map(kind, row))
+    except ValueError:
+      of = "" if kind is str else " that are numbers"
+      raise UserError(f"{path}, line {line}: '{text[:60]}' is not a number and {fields} fields"
+                      f"{of}") from None
   return rows
+
+
+def _finite(text: str) -> float:
+  number = float(text)
+  if not math.isfinite(number):
+    raise ValueError
+  return number
 
 
 def _note_unlisted(folder: Path, listed: set[str], listing: Listing) -> None:

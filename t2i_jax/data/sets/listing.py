@@ -57,8 +57,11 @@ Reader = Callable[[Path], Listing]
 
 
 def clean(caption: str) -> str:
-  """A caption with white space made single spaces, and none around it."""
-  return " ".join(caption.split())
+  """A caption with white space made single spaces, and none around it.
+
+  Halves of surrogate pairs, which JSON can spell and no file or tokenizer takes, are left out.
+  """
+  return " ".join(caption.encode(errors="ignore").decode().split())
 
 
 def find(source: Path, *choices: str, what: str) -> Path:
@@ -91,12 +94,12 @@ def read_json(path: Path) -> Any:
   Raises:
     UserError: it cannot be read, or is cut off.
   """
-  with _reading(path), open(path, encoding="utf-8") as file:
+  with _reading(path), open(path, encoding="utf-8-sig") as file:
     try:
       return json.load(file)
     except UnicodeDecodeError:
       raise
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
       raise UserError(f"{path} is no whole JSON file ({error}); download it again") from None
 
 

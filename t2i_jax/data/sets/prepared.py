@@ -1,6 +1,9 @@
 """Reading what `python -m t2i_jax.data.prepare` wrote."""
 
+import contextlib
+import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ from t2i_jax.data.sets.table import Table
 from t2i_jax.errors import UserError, unknown
 
 VERSION = "1.0.0"
+SETTINGS = "prepared.json"  # how it was prepared
 
 
 def default_root() -> Path:
@@ -22,6 +26,15 @@ def default_root() -> Path:
 def folder_of(name: str, root: str | os.PathLike = "") -> Path:
   """Where a set lies prepared, as TFDS places it, below the folder of all prepared sets."""
   return (Path(root).expanduser() if root else default_root()) / name / VERSION
+
+
+def size_in(folder: Path) -> int | None:
+  """The `--size` that a set was prepared with, 0 for files as they were; None where it is not
+  known."""
+  try:
+    return json.loads((folder / SETTINGS).read_text())["size"]
+  except (OSError, ValueError, KeyError, TypeError):
+    return None
 
 
 class Prepared(Pictures):
@@ -51,24 +64,41 @@ class Prepared(Pictures):
         f"t2i_jax.data.prepare {self.NAME} --source=DOWNLOAD, or set data.options.data_dir"
       )
     super().__init__(Table(self._folder / split), split, resolution, **options)
+    self._check_whole()
     if len(self._opened()) != len(self.table):
       raise UserError(f"{self._folder}: split '{split}' has {len(self._opened())} pictures and "
                       f"texts of {len(self.table)}; delete the folder and prepare it again")
 
+  def _check_whole(self) -> None:
+    """Raises UserError where a shard is missing or cut: its rows would be replaced by others."""
+    with self._reading():
+      import tensorflow_datasets as tfds
+
+      info = tfds.builder_from_directory(self._folder).info.splits[self._split]
+      found = sum(os.path.getsize(path) for path in info.filepaths)
+      if found != info.num_bytes:
+        raise ValueError(f"the shards of split '{self._split}' have {found:,} bytes, and had "
+                         f"{info.num_bytes:,} when they were written")
+
+  @contextlib.contextmanager
+  def _reading(self) -> Iterator[None]:
+    try:
+      yield
+    except Exception as error:  # the formats' own, such as RuntimeError for a short file
+      reason = str(error).split("\n")[0]
+      raise UserError(f"cannot read {self._folder}: {reason}; delete it and prepare it "
+                      "again") from error
+
   def _opened(self) -> Any:
     """TFDS's data source, opened in each process by itself."""
     if self._records is None:
-      import tensorflow_datasets as tfds
+      with self._reading():
+        import tensorflow_datasets as tfds
 
-      try:
         builder = tfds.builder_from_directory(self._folder)
         skip = {"image": tfds.decode.SkipDecoding()}
         self._records = builder.as_data_source(split=self._split, decoders=skip)
         len(self._records)
-      except Exception as error:  # the formats' own, such as RuntimeError for a short file
-        reason = str(error).split("\n")[0]
-        raise UserError(f"cannot read {self._folder}: {reason}; delete it and prepare it "
-                        "again") from error
     return self._records
 
   def __getstate__(self) -> dict[str, Any]:

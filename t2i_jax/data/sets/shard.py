@@ -21,7 +21,8 @@ from t2i_jax.data.sets import table
 from t2i_jax.data.sets.listing import Picture
 from t2i_jax.errors import UserError
 
-_QUALITY = 95  # of pictures that are shrunk
+# Of pictures that are shrunk: of JPEG, and the longest side that its library writes.
+_QUALITY, _LONGEST = 95, 65_500
 
 
 @dataclasses.dataclass
@@ -163,7 +164,7 @@ def _fractions(box: Sequence[float], width: int, height: int) -> tuple[float, ..
   for less than a pixel."""
   left, right = (min(max(x, 0), width) for x in (box[0], box[0] + box[2]))
   top, bottom = (min(max(y, 0), height) for y in (box[1], box[1] + box[3]))
-  if right - left < 1 or bottom - top < 1:
+  if not (right - left >= 1 and bottom - top >= 1):  # nor of what is no number
     return None
   return top / height, left / width, bottom / height, right / width
 
@@ -193,7 +194,10 @@ def load(file: str, size: int) -> tuple[bytes, int, int]:
   except Exception as error:
     raise BadImage(file, reason_of(error)) from error
   scale = size / min(width, height)
-  rgb = rgb.resize((round(width * scale), round(height * scale)), Image.Resampling.BICUBIC)
+  shrunk = round(width * scale), round(height * scale)
+  if max(shrunk) > _LONGEST:
+    raise BadImage(file, f"{width}x{height}, which at a shorter side of {size} is longer than the "
+                   f"{_LONGEST} pixels that JPEG has")
   out = io.BytesIO()
-  rgb.save(out, "JPEG", quality=_QUALITY, subsampling=0)
+  rgb.resize(shrunk, Image.Resampling.BICUBIC).save(out, "JPEG", quality=_QUALITY, subsampling=0)
   return out.getvalue(), width, height

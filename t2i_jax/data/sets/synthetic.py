@@ -1,11 +1,14 @@
 """Captions that a model wrote, beside those that come with a set."""
 
-import json
 import os
 from collections.abc import Iterator
+from typing import Any
 
+from t2i_jax.data.caption_files import captions_in, is_text, json_rows
 from t2i_jax.data.sets.table import Table
 from t2i_jax.errors import UserError
+
+_EXAMPLE = '{"file": ..., "caption": ...}'
 
 
 class Synthetic:
@@ -14,32 +17,31 @@ class Synthetic:
       {"file": "000000000139.jpg", "caption": "A living room with a fireplace ..."}
 
   A line for each picture, or several; `captions` may be a list. `file` is the picture's name in
-  the set, with its folders or without. Lines of other pictures, such as another split's, are
-  passed over.
+  the set, with all of its folders, the last of them, or none, or with further ones before them.
+  Lines of other pictures, such as another split's, are passed over.
 
   Args:
     path: the file, one JSON object a line.
     table: of the split.
 
   Raises:
-    UserError: a line is wrong, or not one is of a picture of the split.
+    UserError: a line is wrong, or may be of several pictures, or not one is of a picture of the
+      split.
   """
 
   def __init__(self, path: str, table: Table):
     self._of: dict[int, list[str]] = {}
-    numbers = {}
+    named: dict[str, list[int]] = {}
     for number in range(len(table)):
-      numbers[table.name(number)] = number
-      numbers.setdefault(os.path.basename(table.name(number)), number)
+      named.setdefault(os.path.basename(table.name(number)), []).append(number)
     first = None
     try:
-      with open(os.path.expanduser(path), encoding="utf-8") as lines:
-        for n, line in enumerate(lines, start=1):
-          if not line.strip():
-            continue
-          file, captions = _read(line, f"{path}, line {n}")
+      with open(os.path.expanduser(path), encoding="utf-8-sig") as lines:
+        for n, row in json_rows(path, lines, _EXAMPLE):
+          where = f"{path}, line {n}"
+          file, captions = _read(row, where)
           first = first or file
-          number = numbers.get(file, numbers.get(os.path.basename(file)))
+          number = _meant(file, named.get(os.path.basename(file), ()), table, where)
           if number is not None:
             self._of.setdefault(number, []).extend(captions)
     except UnicodeDecodeError as error:
@@ -60,14 +62,19 @@ class Synthetic:
       yield from captions
 
 
-def _read(line: str, where: str) -> tuple[str, list[str]]:
-  try:
-    row = json.loads(line)
-    captions = [*row.get("captions", ()), *([row["caption"]] if "caption" in row else ())]
-    captions = [" ".join(caption.split()) for caption in captions if caption.strip()]
-    file = row["file"]
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
-    raise UserError(f'{where}: not {{"file": ..., "caption": ...}} ({error})') from None
-  if not captions or not isinstance(file, str):
-    raise UserError(f"{where}: no caption, or no file")
-  return file, captions
+def _meant(file: str, numbers: tuple[int, ...] | list[int], table: Table, where: str) -> int | None:
+  """Which of the pictures of the same last name a file is, if any: folders that both say agree."""
+  found = [n for n in numbers
+           if f"/{file}".endswith(f"/{table.name(n)}") or f"/{table.name(n)}".endswith(f"/{file}")]
+  same = [n for n in found if table.name(n) == file] or found
+  if len(same) > 1:
+    raise UserError(f"{where}: '{file}' may be {table.name(same[0])} or {table.name(same[1])}; "
+                    "write it with its folders")
+  return same[0] if same else None
+
+
+def _read(row: dict[str, Any], where: str) -> tuple[str, list[str]]:
+  file = row.get("file")
+  if not file or not is_text(file):
+    raise UserError(f"{where}: not {_EXAMPLE} (no 'file')")
+  return file, captions_in({k: row[k] for k in ("caption", "captions") if k in row}, where)

@@ -51,6 +51,8 @@ def _members(file: BinaryIO, size: int) -> Iterator[Member]:
       raise BadArchive(f"it is no tar archive at byte {at}")
     length, kind = _number(header[124:136]), header[156:157]
     content = at + _BLOCK
+    if length < 0:
+      raise BadArchive(f"a header's length is below zero, at byte {at}")
     if content + length > size:
       raise BadArchive(f"it ends early, at byte {size}")
     at = content + -(-length // _BLOCK) * _BLOCK

@@ -117,14 +117,14 @@ def _description(path: Path, found: Mapping[str, Member]) -> dict[str, Any]:
     return {}
   try:
     about = json.loads(read_at(path, found["json"].offset, found["json"].length))
-  except ValueError:
+  except (ValueError, RecursionError):
     return {}
   return about if isinstance(about, dict) else {}
 
 
 def _pair(about: Mapping[str, Any], *keys: str) -> tuple[int, int] | None:
   values = tuple(about.get(key) for key in keys)
-  return values if all(isinstance(v, int) and v > 0 for v in values) else None
+  return values if all(type(v) is int and v > 0 for v in values) else None
 
 
 def _size(path: Path, picture: Member) -> tuple[int, int]:

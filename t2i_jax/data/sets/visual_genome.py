@@ -20,6 +20,7 @@ from t2i_jax.errors import UserError
 ABOUT = ("Pictures with phrases of their regions.", "CC BY 4.0")
 _FOLDERS = ("VG_100K", "VG_100K_2", "images/VG_100K", "images/VG_100K_2", "images", "images2")
 _ONE_IN = 20
+_SIDES = ("x", "y", "width", "height")
 
 
 class VisualGenome(Prepared):
@@ -65,7 +66,7 @@ def read(source: Path) -> Listing:
         listing.splits["test" if str(number) in test else "train"].append(Picture(
           name=os.path.relpath(there[number], source), file=there[number],
           captions=tuple(clean(region["phrase"]) for region in regions),
-          boxes=tuple((r["x"], r["y"], r["width"], r["height"]) for r in regions),
+          boxes=tuple(tuple(r[side] + 0 for side in _SIDES) for r in regions),
         ))
   for split, pictures in listing.splits.items():
     if not pictures:

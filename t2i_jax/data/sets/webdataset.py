@@ -22,7 +22,7 @@ import numpy as np
 
 from t2i_jax.data.held_out import held_out
 from t2i_jax.data.images import BadImage
-from t2i_jax.data.sets import beam, parallel, table, tar_samples
+from t2i_jax.data.sets import beam, parallel, table, tar_samples, unfinished
 from t2i_jax.data.sets.pictures import Pictures
 from t2i_jax.data.sets.prepared import default_root
 from t2i_jax.data.sets.tar_index import read_at
@@ -31,7 +31,7 @@ from t2i_jax.errors import UserError, unknown
 _ONE_IN = 100
 NAME = "webdataset"
 _INDEX, _SKIPPED = "index.json", "skipped.txt"
-_FORMAT = 1
+_FORMAT = 2
 
 
 def index_of(path: str, root: str | os.PathLike = "") -> Path:
@@ -71,12 +71,17 @@ class WebDataset(Pictures):
     again = f"python -m t2i_jax.data.prepare webdataset --source={path}"
     if not (folder / _INDEX).is_file():
       raise UserError(f"the tar shards of '{path}' have no index in {folder.parent}: run {again}")
-    index = json.loads((folder / _INDEX).read_text())
-    if index["format"] != _FORMAT:
+    try:
+      index = json.loads((folder / _INDEX).read_text())
+      version, states = index["format"], dict(index["shards"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+      raise UserError(f"{folder / _INDEX} cannot be read ({error}); delete {folder} and run "
+                      f"{again}") from None
+    if version != _FORMAT:
       raise UserError(f"{folder} is of another version; delete it and run {again}")
-    self._shards = [Path(path).expanduser() / name for name in index["shards"]]
-    for shard, size in zip(self._shards, index["shards"].values(), strict=True):
-      if not shard.is_file() or shard.stat().st_size != size:
+    self._shards = [Path(path).expanduser() / name for name in states]
+    for shard, state in zip(self._shards, states.values(), strict=True):
+      if not shard.is_file() or _state(shard) != state:
         raise UserError(f"{shard} has changed since it was indexed; delete {folder} and run "
                         f"{again}")
     super().__init__(table.Table(folder / split), split, resolution, crop=crop, flips=flips,
@@ -100,14 +105,27 @@ def write_index(
   `builder.PicturesBuilder`.
 
   Raises:
-    UserError: there are no tar shards, or none has a picture with a caption.
+    UserError: there are no tar shards, none has a picture with a caption, or another process is at
+      it.
   """
-  names = sorted(os.path.relpath(path, source) for path in source.rglob("*.tar"))
+  names = sorted(os.path.relpath(path, source) for path in source.rglob("*.tar") if path.is_file())
   if not names:
     raise UserError(f"--source={source} has no .tar shards")
   folder = index_of(os.fspath(source), root)
-  beside = folder.with_name(f"unfinished-{folder.name}")
-  beside.mkdir(parents=True, exist_ok=True)
+  with unfinished.making(folder, f"the index of {source}") as beside:
+    if folder.exists():  # which another process has just made
+      return folder, []
+    if not runner:  # whose workers may still be at it
+      unfinished.clear(beside, "*.writing")
+    return folder, _write_index(source, names, folder, beside, workers, progress, runner, pipeline)
+
+
+def _write_index(
+  source: Path, names: list[str], folder: Path, beside: Path, workers: int,
+  progress: Callable[[int, int], None], runner: str, pipeline: str,
+) -> list[tuple[str, str]]:
+  """Makes the parts that are missing, and puts all of them together; returns what was skipped."""
+  states = {name: _state(source / name) for name in names}  # before they are read
   parts = [beside / _part_name(source / name, name) for name in names]
   missing = [n for n, part in enumerate(parts) if not part.is_file()]
   jobs = [(source / names[n], names[n], n, parts[n]) for n in missing]
@@ -132,11 +150,16 @@ def write_index(
     table.write(written / split, [part])
   (written / _SKIPPED).write_text("".join(f"{n}\t{why}\n" for n, why in skipped), "utf-8",
                                   "replace")
-  sizes = {name: (source / name).stat().st_size for name in names}
-  (written / _INDEX).write_text(json.dumps({"format": _FORMAT, "shards": sizes}))
+  (written / _INDEX).write_text(json.dumps({"format": _FORMAT, "shards": states}))
   written.rename(folder)
-  shutil.rmtree(beside)
-  return folder, skipped
+  return skipped
+
+
+def _state(path: Path) -> list[int]:
+  """What tells that a shard has changed: its size, which is rounded in archives, and the second of
+  its last change."""
+  state = path.stat()
+  return [state.st_size, int(state.st_mtime)]
 
 
 def _part_name(path: Path, name: str) -> str:
