@@ -43,7 +43,7 @@ pair() { [[ $2 =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] || fail "$1=$2: write $1=VARIABLE=
 # becomes 1; "name+" may be repeated and is an array. All have --env, into the array `environment`,
 # --dry-run and --help, which prints the script's usage and exits.
 flags() {
-  local script=$1 known=" $2 " flag
+  local script=$1 known=" $2 env+ " flag
   shift 2
   command=()
   while (($#)); do
@@ -67,8 +67,11 @@ flags() {
         fi
         ;;
       *)
-        [[ $1 == "--$flag" && $known == *" $flag? "* ]] || fail "unknown flag '$1'; see $script --help"
-        printf -v "$flag" %s 1
+        if [[ $1 != -* ]]; then fail "'$1' is not a flag; write the command after --"
+        elif [[ $1 == "--$flag" && $known == *" $flag? "* ]]; then printf -v "$flag" %s 1
+        elif [[ $1 == "--$flag" && $known =~ " $flag"\+?" " ]]; then fail "$1: write $1=VALUE"
+        else fail "unknown flag '$1'; see $script --help"
+        fi
         ;;
     esac
     shift

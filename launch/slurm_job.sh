@@ -5,6 +5,10 @@
 #   slurm_job.sh RESTARTS COMMAND...
 set -uo pipefail
 
+[[ ${1-} =~ ^[0-9]+$ && $# -gt 1 ]] || {
+  echo "error: launch/slurm.sh submits this; see launch/slurm.sh --help" >&2
+  exit 2
+}
 restarts=$1
 shift
 # Preemption signals this script too: it waits for the command, which was asked to stop.

@@ -106,6 +106,12 @@ WRONG = [
   ("slurm.sh", ["--nodes=0", "--", "ls"], "--nodes=0: write a whole number above 0"),
   ("slurm.sh", [], "no command; write it after --"),
   ("local.sh", ["--processes=", "--", "ls"], "--processes=: write a whole number above 0"),
+  ("local.sh", ["--processes", "2", "--", "ls"], "--processes: write --processes=VALUE"),
+  ("local.sh", ["--env", "A=b", "--", "ls"], "--env: write --env=VALUE"),
+  ("local.sh", ["--processes=2", "ls"], "'ls' is not a flag; write the command after --"),
+  ("slurm.sh", ["--sbatch", "-x", "--", "ls"], "--sbatch: write --sbatch=VALUE"),
+  ("slurm_job.sh", ["--help"], "launch/slurm.sh submits this"),
+  ("slurm_job.sh", ["3"], "launch/slurm.sh submits this"),
   ("worker.sh", ["start"], "no command"),
 ]
 
