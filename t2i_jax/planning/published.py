@@ -13,6 +13,7 @@ from t2i_jax import config as configs
 from t2i_jax import systems
 from t2i_jax.systems import base
 from t2i_jax.systems.base import System
+from t2i_jax.systems.diffusion.latent import FIRST_STAGE
 
 CLIP_LENGTH, T5_LENGTH = 77, 256
 
@@ -68,6 +69,9 @@ NAMES = (*ENCODERS, *AUTOENCODERS)
 def names_of(config: ConfigDict, also: Mapping[str, str] | None = None) -> dict[str, str]:
   """What a config's components are taken as, by component, where it names no export of them.
 
+  A system that models pixels without a first stage has none where its latents' scale is 0, as in
+  training.
+
   Args:
     config: of the run.
     also: others, or others than the published ones.
@@ -75,6 +79,9 @@ def names_of(config: ConfigDict, also: Mapping[str, str] | None = None) -> dict[
   names = dict(OF_SYSTEM.get(config.system, {}))
   if config.text.encoder != "component":
     names = {name: what for name, what in names.items() if not name.startswith("text_encoder")}
+  pixels = getattr(systems.load(config.system), "models_pixels", False)
+  if pixels and not config.model.latent_scale and not config.data.latents:
+    names.pop(FIRST_STAGE, None)
   names |= also or {}
   return {name: what for name, what in names.items() if name not in config.components}
 

@@ -137,6 +137,21 @@ def test_stored_features_and_latents_leave_encoders_out_of_the_step():
   assert "image" in whole.system.batch_spec()
 
 
+@pytest.mark.parametrize("arg, found", [
+  ("dit.py:size=tiny", {}),
+  ("sd3.py:size=small,encoder=transformer,dataset=scenes", {}),
+  ("u_vit.py:size=S/2", {"first_stage": "kl-f8c4"}),
+  ("ldm.py", {"first_stage": "kl-f8c4"}),
+])  # fmt: skip
+def test_what_models_pixels_has_no_first_stage(arg, found):
+  config = config_files.load_config(f"{ROOT / 'configs'}/{arg}")
+  assert published.names_of(config) == found
+  named = {"first_stage": "kl-f8c16"}
+  assert published.names_of(config, named) == named
+  if not found:
+    assert "image" in build(config, {}, encode=False).system.batch_spec()
+
+
 @pytest.mark.parametrize("flags, message", [
   (["--topology=v9:2x2"], "topology 'v9:2x2' is unknown"),
   (["--topology=v5e:2x2x2"], "there is no slice v5e:2x2x2: those of v5e have 2 sides"),
