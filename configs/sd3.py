@@ -4,7 +4,7 @@
     --config.data.options.path=PICTURES --config.components.text_encoder=clip-l \\
     --config.components.text_encoder_2=bigg --config.components.text_encoder_3=t5-xxl \\
     --config.components.first_stage=kl-f8c16
-  python -m t2i_jax.main --config=configs/sd3.py:size=small,encoder=transformer,dataset=scenes \
+  python -m t2i_jax.main --config=configs/sd3.py:size=small,encoder=transformer,dataset=scenes \\
     --workdir=runs/sd3 --config.train.duration="4400 steps"
 
 "small" models pixels, the published sizes the latents of a first stage with 16 channels. The

@@ -266,7 +266,7 @@ def test_clip_under_its_authors_names(folder, converted, tmp_path, capfd):
   )
   assert "says its own" in fails(capfd, f"--source={own}", "--activation=gelu", *flags)
   assert "--length=2 leaves no room" in fails(capfd, f"--source={folder}", "--length=2", flags[-1])
-  assert "is an export already" in fails(capfd, f"--source={converted}", flags[-1])
+  assert "is an export already; with --to" in fails(capfd, f"--source={converted}", flags[-1])
   (own / "open_clip_config.json").write_text("{}")
   assert "is not of such a model (KeyError" in fails(capfd, f"--source={own}", *flags)
   write_safetensors(path, {"x": ((1,), np.dtype("f4"), lambda: np.zeros(1, "f4"))})

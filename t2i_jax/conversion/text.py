@@ -304,7 +304,7 @@ def _of_transformers(folder: Path) -> tuple[str, dict[str, Any]]:
     given = json.loads(path.read_text(encoding="utf-8"))
     kind = given.get("model_type")
     if "files" in given and "step" in given:
-      raise UserError(f"'{folder}' is an export already; --to=huggingface makes a folder of it")
+      raise UserError(f"'{folder}' is an export already; with --to (--help) it is given back")
     shared = {"projection_dim": given["projection_dim"]} if "projection_dim" in given else {}
     if kind == "clip":
       tower = {**given.get("text_config", {}), **shared, "model_type": "clip_text_model"}

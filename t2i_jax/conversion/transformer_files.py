@@ -212,6 +212,8 @@ def _part(place: Path | None, name: str, source: str) -> Path:
   if place is None:
     raise UserError(f"'{source}' has no {name}: name the folder of a pipeline of diffusers that "
                     "has it with --parts")
+  if not place.is_dir():
+    raise UserError(f"--parts={place} is no folder; name that of a pipeline of diffusers")
   if not (place / name).is_dir():
     raise UserError(f"--parts={place} has no folder {name}, and '{source}' has none either; copy "
                     "it there")

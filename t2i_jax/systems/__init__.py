@@ -109,7 +109,9 @@ def build_text(
   text = TextConditioner(**config["text"], dtype=dtype)
   encoders = {}
   if missing := [f"components.{x}=PATH" for x in text.frozen_groups if x not in components]:
-    raise UserError(f"text.encoder=component needs {', '.join(missing)}: of exports")
+    raise UserError(f"text.encoder=component needs {', '.join(missing)}: exports, which python -m "
+                    "t2i_jax.convert makes of public encoders; or text.encoder=transformer, "
+                    "trained with the system")
   for name in text.frozen_groups:
     require(components[name], TextEncoder, f"components.{name}")
     encoders[name] = components[name]

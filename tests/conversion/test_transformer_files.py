@@ -190,6 +190,7 @@ def test_what_is_no_whole_file_is_one_line(place, tmp_path, capfd):
   source = f"--source={place / 'dit.safetensors'}"
   fails("has no vae: name the folder of a pipeline of diffusers", source)
   fails("has no folder vae", source, f"--parts={tmp_path}")
+  fails("elsewhere is no folder; name that of a pipeline", source, f"--parts={tmp_path}/elsewhere")
   fails("--length is of T5, and a DiT has none", source, parts, "--length=9")
   fails("--layer is not read of DiT in a file", source, parts, "--layer=-2")
   fails("--parts is not read of an autoencoder's folder", f"--source={place / 'parts' / 'vae'}",
