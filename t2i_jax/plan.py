@@ -30,7 +30,9 @@ def main(argv: list[str] | None = None) -> None:
                       help="the slice, such as v5e:16x16 or v5p:4x4x4")
   parser.add_argument("--slices", type=int, default=1, help="how many of them (1)")
   parser.add_argument("--component", action="append", default=[], metavar="NAME=PUBLISHED",
-                      help="a published model as a component; may be repeated")
+                      help="a published model as a component: clip-l, clip-l-xl, clip-l-sd3, "
+                      "openclip-h, openclip-bigg, t5-xxl, kl-f8c4, kl-f8c4-xl, kl-f8c16; may be "
+                      "repeated")
   parser.add_argument("--encode", action="store_true",
                       help="text encoders and first stage are part of the step")
   parser.add_argument("--effort", choices=["least", "full"], default="least",

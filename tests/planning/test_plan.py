@@ -168,6 +168,13 @@ def test_wrong_flags_are_one_line(flags, message, capsys):
   assert message in capsys.readouterr().err
 
 
+def test_help_names_the_published_components(capsys):
+  with pytest.raises(SystemExit):
+    plan.main(["--help"])
+  words = capsys.readouterr().out.replace(",", " ").replace(";", " ").split()
+  assert set(published.NAMES) <= set(words)
+
+
 @pytest.mark.skipif(
   importlib.util.find_spec("libtpu") is None, reason="the TPU's compiler: pip install 'jax[tpu]'"
 )
