@@ -40,8 +40,8 @@ def json_rows(
       row = json.loads(line)
     except (ValueError, RecursionError) as error:
       # JSON's own text counts lines within this one.
-      why = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-      raise UserError(f"{path}, line {number}: not JSON ({why})") from None
+      at = f"{error.msg}, column {error.colno}" if hasattr(error, "colno") else error
+      raise UserError(f"{path}, line {number}: not JSON ({at})") from None
     if not isinstance(row, dict):
       raise UserError(f"{path}, line {number}: not an object {example}")
     yield number, row
