@@ -339,7 +339,7 @@ def test_a_full_disk_leaves_the_old_export_whole(run, exported, fails, monkeypat
 def test_evaluate(run, fails, tmp_path, capfd):
   flags = [f"--export={run / 'export'}", "--metric=loss"]
   message = fails(evaluate, *flags, "--split=heldout")
-  assert "unknown split 'heldout'; did you mean" in message
+  assert "unknown split of data set 'scenes' 'heldout'; did you mean" in message
   message = fails(evaluate, *flags, "--data-option=level=two")
   assert "unknown option of data set 'scenes' 'level'; did you mean 'levels'?" in message
   evaluate.main([*flags, "--split=held_out_pairs", f"--output={tmp_path}"])

@@ -16,7 +16,7 @@ from runs import TOY, command, config_of, finish, metrics, train_on, write_expor
 
 from t2i_jax import data, evaluate, export
 from t2i_jax.errors import UserError
-from t2i_jax.evaluation import drawing, folder, plots, scoring
+from t2i_jax.evaluation import drawing, folder, plots, scoring, tables
 from t2i_jax.evaluation.prompt_sets import PromptSet
 from t2i_jax.metrics.reference import Reference
 from t2i_jax.metrics.result import Result
@@ -257,8 +257,23 @@ def test_a_reference_is_measured_once_and_of_one_resolution(toy, network, tmp_pa
   assert "the reference has resolution [32, 32] and the pictures have [16, 16]" in message
   message = fails(*flags, "--metric=kd_feature_net", f"--reference={file}")
   assert "needs every reference picture's features" in message
+  assert "--metric=kd_feature_net --reference-only" in message
   message = fails(*flags, "--metric=fd_feature_net", "--reference=heldout")
-  assert "unknown split 'heldout'; did you mean" in message
+  assert "unknown split of data set 'scenes' 'heldout'; did you mean" in message
+
+
+def test_points_with_equal_results_are_all_named():
+  """In the lines beneath the table."""
+  result = {"line": "verifier 100.0%"}
+  rows = [
+    {"point": f"guidance={scale}", "export": {
+      "name": "toy", "system": "ddpm", "step": 1, "ema": True, "resolution": 16, "hash": "ab",
+      "path": "toy"}, "told": {"steps": 4}, "swept": ["guidance"], "each": 1, "pictures": 2,
+     "captions": 2, "set": SPLIT, "seed": 0, "results": {"verifier": result}}
+    for scale in (1, 2)
+  ]  # fmt: skip
+  assert tables.notes(rows)[-1] == "guidance=1, guidance=2: verifier 100.0%"
+  assert tables.notes(rows[:1])[-1] == "verifier 100.0%"
 
 
 def test_a_damaged_reference_is_measured_again(toy, network, tmp_path):

@@ -46,7 +46,8 @@ def test_tables_and_rows(tmp_path):
   ("a.tsv", "Prompt\tPrompt\nx\ty\n", "line 1: two columns have one name"),
   ("a.jsonl", "[" * 100_000, "line 1: not JSON ("),
   ("a.tsv", PARTI + "one cell\n", "line 4: 1 cells for the 4 columns Prompt"),
-  ("a.jsonl", "{", "line 1: not JSON ("),
+  ("a.jsonl", "{", "line 1: not JSON (Expecting property name enclosed in double "
+   "quotes, column 2)"),
   ("a.jsonl", "[1]", "line 1: not an object {"),
   ("a.jsonl", '{"prompt": 3}', "line 1: its prompt is no text"),
   ("a.jsonl", '{"prompt": "half \\ud83d"}', "line 1: its prompt is no text"),

@@ -39,7 +39,9 @@ def json_rows(
     try:
       row = json.loads(line)
     except (ValueError, RecursionError) as error:
-      raise UserError(f"{path}, line {number}: not JSON ({error})") from None
+      # JSON's own text counts lines within this one.
+      at = f"{error.msg}, column {error.colno}" if hasattr(error, "colno") else error
+      raise UserError(f"{path}, line {number}: not JSON ({at})") from None
     if not isinstance(row, dict):
       raise UserError(f"{path}, line {number}: not an object {example}")
     yield number, row

@@ -40,8 +40,8 @@ def _captions_file(path: str, captions: str) -> str:
   """The captions file of directory `path`: `captions`, or the one that is there."""
   if not path:
     raise UserError(
-      "data set 'folder' needs --config.data.options.path, a directory with captions.jsonl or "
-      "captions.csv"
+      "data set 'folder' needs --config.data.options.path (of evaluate: --data-option=path=...), a "
+      "directory with captions.jsonl or captions.csv"
     )
   try:
     names = os.listdir(path)

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from t2i_jax import command
+from t2i_jax import command, data
 from t2i_jax.data import sets
 from t2i_jax.data.sets import unfinished, webdataset
 from t2i_jax.data.sets.listing import Listing
@@ -58,6 +58,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _prepare(flags) -> None:
+  if flags.name in data.DATASETS and flags.name not in (*sets.PREPARABLE, webdataset.NAME):
+    raise UserError(f"data set '{flags.name}' is not prepared; train on it as it is, with "
+                    f"--config=...:dataset={flags.name}")
   preparable = None if flags.name == webdataset.NAME else sets.preparable(flags.name)
   if flags.size < 0 or flags.workers < 0:
     raise UserError("--size and --workers are not negative; use 0 for files as they are, and for "

@@ -142,7 +142,7 @@ def check_splits(name: str, splits: list[str] | tuple[str, ...]) -> None:
 
   for split in splits:
     if split not in data.splits(name):
-      raise unknown("split", split, data.splits(name))
+      raise unknown(f"split of data set '{name}'", split, data.splits(name))
 
 
 def set_data(config: Any, name: str, pairs: list[str]) -> None:

@@ -120,7 +120,9 @@ def notes(rows: Sequence[Row]) -> list[str]:
                  f"{model['path']}{'' if reconstructed else f'; options {options}'}")
   several = len(rows) > 1
   for name in result_names(rows):
-    given = [row for row in rows if name in row["results"]]
-    said = {row["results"][name]["line"]: row["point"] for row in given}
-    lines += [f"{point}: {line}" if several else line for line, point in said.items()]
+    said: dict[str, list[str]] = {}  # points whose results are equal share a line
+    for row in rows:
+      if name in row["results"]:
+        said.setdefault(row["results"][name]["line"], []).append(row["point"])
+    lines += [f"{', '.join(points)}: {line}" if several else line for line, points in said.items()]
   return lines

@@ -146,7 +146,8 @@ class Reference:
                       f"{width}; measure it with this network")
     if rows and self.rows is None:
       raise UserError("the reference has mean and covariance only, and this score needs every "
-                      "picture's features; measure it again and keep them")
+                      "picture's features, which are kept where such a score is asked for with "
+                      "--reference-only; measure it again so")
     ours = {**features.described(), "resolution": list(resolution)}
     for name in _SHARED if self.about else ():
       if self.about.get(name) != ours[name]:

@@ -205,4 +205,4 @@ def _check_reference(name: str, references: Mapping[str, Reference]) -> None:
                     "or give its file")
   if "reference_rows" in METRICS[name].needs and references[kind].rows is None:
     raise UserError(f"{name} needs every reference picture's features, and the file has mean and "
-                    "covariance only; measure it again and keep them")
+                    f"covariance only; measure it again with --metric={name} --reference-only")

@@ -252,6 +252,7 @@ def test_another_folder_begins_afresh(tmp_path, monkeypatch):
 def test_what_a_user_may_have_wrong(tmp_path, capsys):
   out = tmp_path / "out"
   fails(capsys, "unknown data set to prepare 'coca'; did you mean 'coco'?", "coca", tmp_path, out)
+  fails(capsys, "data set 'folder' is not prepared; train on it as it is", "folder", tmp_path, out)
   fails(capsys, "no directory --source=", "coco", tmp_path / "nowhere", out)
   fails(capsys, "has no annotations/captions_train2014.json (or captions_train2014.json), the "
         "captions of MS COCO", "coco", tmp_path, out)

@@ -61,7 +61,8 @@ class Prepared(Pictures):
     if not (self._folder / "dataset_info.json").is_file():
       raise UserError(
         f"data set '{self.NAME}' is not prepared in '{self._folder.parent.parent}': run python -m "
-        f"t2i_jax.data.prepare {self.NAME} --source=DOWNLOAD, or set data.options.data_dir"
+        f"t2i_jax.data.prepare {self.NAME} --source=DOWNLOAD, or set data.options.data_dir "
+        "(of evaluate: --data-option=data_dir=...)"
       )
     super().__init__(Table(self._folder / split), split, resolution, **options)
     self._check_whole()

@@ -65,8 +65,8 @@ class WebDataset(Pictures):
     if split not in self.SPLITS:
       raise unknown("split of data set 'webdataset'", split, self.SPLITS)
     if not path:
-      raise UserError("data set 'webdataset' needs --config.data.options.path, a folder of .tar "
-                      "shards")
+      raise UserError("data set 'webdataset' needs --config.data.options.path (of evaluate: "
+                      "--data-option=path=...), a folder of .tar shards")
     folder = index_of(path, data_dir)
     again = f"python -m t2i_jax.data.prepare webdataset --source={path}"
     if not (folder / _INDEX).is_file():
