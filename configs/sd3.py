@@ -1,7 +1,7 @@
 """Stable Diffusion 3 and 3.5: rectified flow by a multimodal transformer with three text encoders.
 
   python -m t2i_jax.main --config=configs/sd3.py:dataset=folder --workdir=runs/mine \\
-    --config.data.options.path=PICTURES --config.components.text_encoder=clip-l \\
+    --config.data.options.path=PICTURES --config.components.text_encoder=clip-l-sd3 \\
     --config.components.text_encoder_2=bigg --config.components.text_encoder_3=t5-xxl \\
     --config.components.first_stage=kl-f8c16
   python -m t2i_jax.main --config=configs/sd3.py:size=small,encoder=transformer,dataset=scenes \\

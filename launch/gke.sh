@@ -40,6 +40,8 @@ action=${1:---help}
 [[ $action != --help ]] || set -- "$action" --help
 flags "$0" "name namespace image accelerator topology chips slices spot? account restarts notice" "${@:2}"
 given --name "$name"
+[[ $name =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]] ||
+  fail "--name=$name: Kubernetes takes small letters, digits and -, a letter first"
 kubectl=(kubectl ${namespace:+--namespace="$namespace"})
 
 # text WORD: as a string of YAML.

@@ -80,12 +80,13 @@ def sampling_options(flags, config, system) -> dict[str, object]:
   """The sampler's options from an export's config, with those that the flags give.
 
   Raises:
-    UserError: for an option that the system does not have, or a value of
-      another type.
+    UserError: for an option that the system does not have, a value of another
+      type, or a guide's scale where there is no guide.
   """
   import dataclasses
 
   from t2i_jax.errors import unknown
+  from t2i_jax.systems.base import GUIDE
   from t2i_jax.values import typed
 
   options = config.sample.options.to_dict()
@@ -97,6 +98,8 @@ def sampling_options(flags, config, system) -> dict[str, object]:
       raise UserError(f"--option={text} is not NAME=VALUE")
     if name not in defaults:
       raise unknown(f"sampling option of {config.system}", name, defaults)
+    if name == "guide_scale" and GUIDE not in getattr(system, "components", {}):
+      raise UserError(f"--option={text} is of a guide, and there is none; name one, --guide=EXPORT")
     options[name] = typed(f"sampling option {name}", value, defaults[name])
   return options
 

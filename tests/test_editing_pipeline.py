@@ -1,6 +1,7 @@
 """Pictures to begin with, masks and negative prompts, from the pipeline and from the command."""
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import struct
+from ml_collections import ConfigDict
 from PIL import Image
 
 from t2i_jax import sample
@@ -243,3 +245,13 @@ def test_the_command_shows_a_guide_a_picture(files):
 def test_what_the_command_cannot_show_is_named(flags, message):
   with pytest.raises(UserError, match=message):
     sample._leading(flags, Led())
+
+
+def test_the_scale_of_a_guide_is_of_one_that_there_is():
+  flags = SimpleNamespace(option=["guide_scale=8"], **dict.fromkeys(sample.COMMON))
+  config = ConfigDict({"system": "adm", "sample": {"options": {}}})
+  system = SimpleNamespace(Options=Options, components={})
+  with pytest.raises(UserError, match="is of a guide, and there is none; name one, --guide="):
+    sample.sampling_options(flags, config, system)
+  system.components = {"guide": Led()}
+  assert sample.sampling_options(flags, config, system) == {"guide_scale": 8.0}

@@ -309,9 +309,15 @@ def test_a_damaged_reference_is_measured_again(toy, network, tmp_path):
   (["--save-reference=x.npz", "--metric=loss"], "none of the metrics compares with real pictures"),
   (["--geneval=x"], "--geneval needs GenEval's prompts"),
   (["--split=train", "--prompts=x"], "--prompts and --split are both given"),
+  (["--prompts={prompts}"], "pictures of --prompts would neither be measured nor kept"),
 ])
-def test_what_can_be_wrong_is_one_line(toy, fails, flags, message, tmp_path, monkeypatch):
+def test_what_can_be_wrong_is_one_line(
+  toy, fails, flags, message, tmp_path, monkeypatch, tmp_path_factory
+):
   monkeypatch.chdir(tmp_path)
+  prompts = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+  prompts.write_text("a dog\n")
+  flags = [flag.format(prompts=prompts) for flag in flags]
   assert message in fails(f"--export={toy}", *flags)
   assert not list(tmp_path.iterdir())
 

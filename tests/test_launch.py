@@ -100,6 +100,7 @@ WRONG = [
   ("tpu.sh", ["create", *TPU, "--slices=two"], "--slices=two: write a whole number"),
   ("tpu.sh", ["run", *TPU, "--env=x y", "--", "ls"], "write --env=VARIABLE=VALUE"),
   ("gke.sh", ["create", *GKE[1:], "--", "ls"], "--name=... is missing"),
+  ("gke.sh", ["create", "--name=Mine_1", *GKE[1:], "--", "ls"], "Kubernetes takes small letters"),
   ("gke.sh", ["create", *GKE, "--topology=4by4", "--", "ls"], "write a shape, such as 4x4"),
   ("gke.sh", ["create", *GKE, "--chips=3", "--", "ls"], "does not divide into machines of"),
   ("gke.sh", ["create", *GKE], "no command; write it after --"),

@@ -142,6 +142,9 @@ def _prompt_sets(flags, config, model: Model, sources: prompt_sets.Sources) -> l
 def _possible(flags, config, models: Sequence[Model]) -> list[str]:
   """What is measured where nothing is asked for: the loss and the verifier's score."""
   if flags.prompts:
+    if not flags.output and not flags.geneval:
+      raise UserError("pictures of --prompts would neither be measured nor kept; give --metric, "
+                      "--output or --geneval")
     return []
   if models[0].reconstructs:
     return list(scoring.OF_RECONSTRUCTIONS)

@@ -1,5 +1,6 @@
 """Metrics of a run's own pictures: at their own cadence while it trains, and at its end."""
 
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -45,8 +46,14 @@ class RunScores:
       raise UserError("evaluate.metrics has 'loss', which evaluate.every measures; leave it out")
     self._judges = data.verifier(config.data.name) is not None
     if self._judges or VERIFIER in config.evaluate.metrics:
-      verifier.check_judged(config, pipeline.system, pictures)
-    elif pictures < 2:
+      try:
+        verifier.check_judged(config, pipeline.system, pictures)
+      except UserError as error:
+        if not self._names or VERIFIER in config.evaluate.metrics or pictures < 2:
+          raise
+        self._judges = False  # nobody has asked for it by name
+        print(f"warning: no score of the verifier: {error}", file=sys.stderr)
+    if not self._judges and pictures < 2:
       raise UserError(f"evaluate.pictures={pictures}: draw 2 or more to measure")
     self._sources = prompt_sets.Sources(config)
     from t2i_jax.feature_networks import Networks  # it reads every kind of file: not always needed

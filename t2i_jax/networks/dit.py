@@ -20,6 +20,7 @@ from t2i_jax.networks.layers.adaptive import (
   plain_norm,
 )
 from t2i_jax.networks.layers.attention import MultiHeadAttention
+from t2i_jax.networks.layers.barriers import computed_once
 from t2i_jax.networks.layers.embeddings import patch_positions
 from t2i_jax.networks.layers.mlp import Mlp
 from t2i_jax.networks.patch_transformer import PatchTransformer
@@ -67,6 +68,7 @@ class DiTBlock(nn.Module):
     if context is not None:
       # Not normed before, as published.
       x = x + attention(zero_output=True, name="cross_attention")(x, context, mask)
+    x = computed_once(x)
     h = modulated(plain_norm(x, self.dtype), mlp_shift, mlp_scale)
     x = x + mlp_gate[:, None] * Mlp(self.hidden, dtype=self.dtype, name="mlp")(h)
     return logical(x, "batch", "length", None)

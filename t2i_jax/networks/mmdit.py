@@ -13,6 +13,7 @@ import numpy as np
 
 from t2i_jax.networks.layers.adaptive import LastLayer, Modulation, modulated, plain_norm
 from t2i_jax.networks.layers.attention import HeadNorm, attend
+from t2i_jax.networks.layers.barriers import computed_once
 from t2i_jax.networks.layers.embeddings import patch_positions
 from t2i_jax.networks.layers.mlp import Mlp
 from t2i_jax.networks.patch_transformer import PatchTransformer
@@ -107,6 +108,7 @@ class JointBlock(nn.Module):
 
   def _mlp(self, name: str, x: Array, vectors: list[Array]) -> Array:
     shift, scale, gate = vectors
+    x = computed_once(x)
     h = modulated(plain_norm(x, self.dtype), shift, scale)
     return x + gate[:, None] * Mlp(self.hidden, dtype=self.dtype, name=name)(h)
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from t2i_jax.networks.layers.attention import MultiHeadAttention
+from t2i_jax.networks.layers.barriers import computed_once
 from t2i_jax.networks.layers.embeddings import timestep_embedding
 from t2i_jax.networks.layers.mlp import Mlp
 from t2i_jax.networks.patch_transformer import PatchTransformer
@@ -41,6 +42,7 @@ class UViTBlock(nn.Module):
     x = x + MultiHeadAttention(
       self.heads, input_bias=False, kernel_init=normal, dtype=self.dtype, name="attention"
     )(norm("norm_attention")(x), mask=mask)
+    x = computed_once(x)
     h = norm("norm_mlp")(x)
     x = x + Mlp(self.hidden, exact=True, kernel_init=normal, dtype=self.dtype, name="mlp")(h)
     return logical(x, "batch", "length", None)

@@ -69,6 +69,11 @@ OPTIONS = (
     "times as long with it; matrix products and attention are the same with and without. In "
     "0.11 its convolutions are the faster ones by about a tenth.",
   ),
+  Option(
+    "cpu", "xla_disable_hlo_passes", "cse_barrier_expander", ((0, 10), (0, 11)),
+    "Optimization barriers last until programs are fused, as on other devices; see "
+    "`networks.layers.barriers`.",
+  ),
   Option("tpu", "xla_tpu_enable_async_collective_fusion", "true", _TPU_VERSIONS, _ASYNC),
   Option(
     "tpu", "xla_tpu_enable_async_collective_fusion_fuse_all_gather", "true", _TPU_VERSIONS, _ASYNC

@@ -23,12 +23,15 @@ def test_options_are_explained(option):
 
 def test_options_are_for_one_platform_and_version(monkeypatch):
   monkeypatch.setattr(compiler_flags.jaxlib, "__version__", "0.10.2")
-  assert compiler_flags.compiler_options("cpu") == {"xla_cpu_experimental_ynn_fusion_type": ""}
+  barriers = {"xla_disable_hlo_passes": "cse_barrier_expander"}
+  assert compiler_flags.compiler_options("cpu") == {
+    **barriers, "xla_cpu_experimental_ynn_fusion_type": ""
+  }
   always = compiler_flags.compiler_options("tpu")
   assert always["xla_tpu_enable_async_collective_fusion"] == "true" and len(always) == 5
   assert compiler_flags.compiler_options("gpu") == {}
   monkeypatch.setattr(compiler_flags.jaxlib, "__version__", "0.11.0")
-  assert compiler_flags.compiler_options("cpu") == {}
+  assert compiler_flags.compiler_options("cpu") == barriers
 
 
 def test_what_is_risky_is_asked_for(monkeypatch):

@@ -7,6 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from t2i_jax.networks.layers.barriers import computed_once
+
 Array = jax.Array
 # What a block computes again in the backward pass. "none": nothing. "full": all of it, so that of a
 # block its input alone is kept. "dots": all but the products with weights. "attention": all but
@@ -59,7 +61,7 @@ def run_blocks(
   kept = []
   for i in range(depth):
     own = jax.tree.map(lambda leaf: leaf[i], each)  # noqa: B023
-    x, one = step(make(f"{name}_{first + i}"), x, own, *given)
+    x, one = step(make(f"{name}_{first + i}"), computed_once(x), own, *given)
     kept.append(one)
   return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *kept) if keep else None
 

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t2i_jax.networks.layers.attention import MultiHeadAttention, attend
+from t2i_jax.networks.layers.attention import MultiHeadAttention, attend, cpu_attention
 
 
 def draw(*shapes, seed=0, dtype=jnp.float32):
@@ -28,6 +28,21 @@ def test_attend_is_softmax_attention(dtype, tolerance):
   assert out.dtype == dtype
   expected = written_out(query, key, value, mask)
   np.testing.assert_allclose(np.asarray(out, np.float64), expected, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_cpus_attention_is_jaxs(dtype):
+  query, key, value = draw((2, 3, 2, 8), (2, 6, 2, 8), (2, 6, 2, 8), dtype=dtype)
+  (bias,) = draw((1, 2, 3, 6))
+  pairs = np.tri(3, 6, 2, dtype=bool)[None, None]
+  # Where nothing may be attended to, all keys count alike.
+  nothing = np.array([True, False])[:, None, None, None] & np.ones((2, 1, 1, 6), bool)
+  for given in ((None, None, None), (bias, None, 0.3), (None, pairs, None), (bias, nothing, 1.0)):
+    ours = cpu_attention(query, key, value, *given[:2], given[2])
+    theirs = jax.nn.dot_product_attention(query, key, value, *given[:2], scale=given[2])
+    assert ours.dtype == theirs.dtype == dtype
+    tolerance = 1e-6 if dtype == jnp.float32 else 0.01
+    np.testing.assert_allclose(*(np.asarray(x, "f4") for x in (ours, theirs)), atol=tolerance)
 
 
 def test_softmax_of_bfloat16_logits_is_float32():
