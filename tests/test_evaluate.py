@@ -343,6 +343,11 @@ def test_pictures_are_as_large_as_the_options_say():
   assert scoring.size_of({"temperature": 1.0}, system) == (16, 16)
 
 
+def test_a_loss_that_is_no_number_is_a_text_in_the_scores():
+  found = scoring.loss_results({"loss": float("nan")}, "val")
+  assert json.loads(json.dumps(found, allow_nan=False))["loss/loss"]["value"] == "nan"
+
+
 def test_categories_are_averaged():
   prompts = PromptSet("parti", tuple(
     Prompt(f"prompt {i}", {"Category": "Arts" if i < 4 else "Food", "Note": f"{i}"})

@@ -7,7 +7,13 @@ import pytest
 from PIL import Image
 
 from t2i_jax import data, recipe
-from t2i_jax.evaluation.prompt_sets import Sources, of_split, pictures_of, real_pictures
+from t2i_jax.evaluation.prompt_sets import (
+  Sources,
+  of_split,
+  pictures_of,
+  real_pictures,
+  rows_of,
+)
 
 
 @pytest.mark.parametrize("options", [{}, {"crop": "random"}], ids=["in memory", "from files"])
@@ -53,3 +59,8 @@ def test_fewer_pictures_than_a_split_has_are_of_all_of_it(tmp_path):
     (pictures,) = real_pictures(source, count, 16)
     assert shades(pictures) == [int(caption) for caption in captions] == wanted
     assert shades(pictures_of(source, np.array([count - 1, 1]), count)) == [wanted[-1], wanted[1]]
+
+
+def test_scenes_lie_in_no_order_and_their_first_rows_are_taken():
+  source = data.open_source("scenes", "held_out_combinations", 32, 0, {})
+  assert rows_of(source, 5).tolist() == [0, 1, 2, 3, 4]

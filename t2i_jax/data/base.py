@@ -52,6 +52,7 @@ class Source(abc.ABC):
     resolution: side of the square pictures, in pixels.
     infinite: rows are made on the fly and any index >= 0 is valid; the loader
       then neither shuffles nor counts epochs.
+    shuffled: the first rows are a sample of all of them.
     weights: probabilities [len] by which an epoch is drawn (with replacement),
       or None for a permutation of all rows.
     buckets: which rows have pictures of which shape, or None where all are squares;
@@ -60,6 +61,7 @@ class Source(abc.ABC):
 
   resolution: int
   infinite: bool = False
+  shuffled: bool = False
   weights: np.ndarray | None = None
   buckets: Buckets | None = None
 

@@ -95,11 +95,11 @@ def _prompts_of(pictures: int, each: int) -> int:
 def rows_of(source: Source, count: int) -> np.ndarray:
   """The rows of a split that `count` captions or real pictures are of, int64 [count], ascending.
 
-  Where a split of files has more, they are spread evenly over it: sets lie in the order of their
-  classes, of the parts of a mixture, or of pictures with many rows each, and the first rows would
-  be of a few of those. Past the end of a split come the same rows again.
+  Where a split that is not shuffled has more, they are spread evenly over it: sets lie in the order
+  of their classes, of the parts of a mixture, or of pictures with many rows each, and the first
+  rows would be of a few of those. Past the end of a split come the same rows again.
   """
-  if source.infinite or count >= len(source):
+  if source.infinite or source.shuffled or count >= len(source):
     return np.arange(count) % len(source)
   return np.arange(count) * len(source) // count
 

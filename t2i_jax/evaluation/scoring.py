@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -200,6 +201,7 @@ def loss_results(losses: Mapping[str, float], split: str) -> dict[str, dict[str,
 
 
 def _plain(value: float, n: int | None, better: str, line: str) -> dict[str, Any]:
+  value = value if math.isfinite(value) else str(value)  # JSON has no word for what is no number
   return {"value": value, "n": n, "deviation": None, "better": better, "about": {}, "remarks": [],
           "line": line}
 

@@ -76,6 +76,7 @@ class Scenes(Source):
     self.levels = tuple(levels)
     self.labels, self.sizes = labels, sizes
     self.infinite = split == "train"
+    self.shuffled = True
     self._held_out = () if self.infinite else self._list_held_out()
 
   def __len__(self) -> int:
