@@ -87,9 +87,14 @@ def test_what_is_stored_is_what_the_first_stage_says(first, photos, cache):
 
 def assert_near(one, other):
   """States of two programs: what 1e-2, the learning rate, moves by another draw is much more."""
-  close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4)  # noqa: E731
   for name in ("params", "ema"):
-    jax.tree.map(close, getattr(one, name), getattr(other, name))
+    theirs = jax.tree.leaves(getattr(other, name))
+    ours = jax.tree_util.tree_leaves_with_path(getattr(one, name))
+    for (path, leaf), there in zip(ours, theirs, strict=True):
+      # A key's bias moves all of a query's logits alike, which the softmax does not see: its
+      # gradient is rounding, and Adam's steps make much of that.
+      if "['key']['bias']" not in jax.tree_util.keystr(path):
+        np.testing.assert_allclose(leaf, there, rtol=1e-5, atol=1e-4, err_msg=str(path))
 
 
 def test_the_same_run_without_the_first_stage(first, photos, cache, tmp_path, no_decoding):
