@@ -37,29 +37,7 @@ def attend(
   if fused is not None:
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     return checkpoint_name(fused(query, key, value, mask, scale), ATTENDED)
-  plain = cpu_attention if backends.platform() == "cpu" else jax.nn.dot_product_attention
-  return checkpoint_name(plain(query, key, value, bias, mask, scale=scale), ATTENDED)
-
-
-def cpu_attention(
-  query: Array, key: Array, value: Array, bias: Array | None, mask: Array | None,
-  scale: float | None,
-) -> Array:
-  """`jax.nn.dot_product_attention`, with products that XLA for CPUs computes faster.
-
-  Those over heads that come before the tokens: of 8 x 6 heads of 64 channels and 256 tokens, 58 in
-  place of 88 ms forward and backward, on two cores.
-  """
-  scale = query.shape[-1] ** -0.5 if scale is None else scale
-  query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
-  exact = jnp.promote_types(query.dtype, jnp.float32)
-  scores = jnp.einsum("bhtd,bhsd->bhts", query, key, preferred_element_type=exact) * scale
-  if bias is not None:
-    scores = (scores + bias).astype(scores.dtype)
-  if mask is not None:
-    scores = jnp.where(mask, scores, jnp.asarray(-0.7 * jnp.finfo(exact).max, exact))
-  weights = jax.nn.softmax(scores).astype(key.dtype)
-  return jnp.swapaxes(jnp.einsum("bhts,bhsd->bhtd", weights, value), 1, 2)
+  return checkpoint_name(backends.products(query, key, value, bias, mask, scale), ATTENDED)
 
 
 class HeadNorm(nn.Module):

@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t2i_jax.networks.layers.attention import MultiHeadAttention, attend, cpu_attention
+from t2i_jax.networks.layers.attention import MultiHeadAttention, attend
+from t2i_jax.networks.layers.backends import cpu_attention
 
 
 def draw(*shapes, seed=0, dtype=jnp.float32):
